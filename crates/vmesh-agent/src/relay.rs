@@ -93,7 +93,7 @@ pub fn spawn(
     let ipv6 = !config.capture.report().without_ipv6;
     let mut relay = restore(config, ipv6, node.clone(), &published.accepted);
     if config.capture.outbound() {
-        relay.take_local(|resource| destinations::decode(resource).map(drop));
+        relay.subscribe_local(|resource| destinations::decode(resource).map(drop));
     }
     let mut tracker = config.capture.outbound().then(|| DestinationTracker::new(ipv6));
     if let Some(tracker) = &mut tracker {
@@ -588,7 +588,7 @@ impl RelayDriver {
     fn publish_changes(&mut self) {
         let refused: Vec<_> = self
             .relay
-            .refused()
+            .rejections()
             .take(REFUSED_SHOWN)
             .map(|(kind, name, reason)| format!("{kind} {name}: {reason}"))
             .collect();
@@ -597,7 +597,7 @@ impl RelayDriver {
             status.refused = refused;
             is_news
         });
-        self.retry_at = self.relay.on_time(Instant::now().into_std());
+        self.retry_at = self.relay.on_timeout(Instant::now().into_std());
         self.publish();
         if self.relay.accepted_revision() != self.revision {
             self.revision = self.relay.accepted_revision();

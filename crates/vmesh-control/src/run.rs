@@ -18,7 +18,7 @@ use vmesh_daemon::tasks::{ThreadError, on_own_thread};
 use vmesh_daemon::{Stop, Tasks, descriptors, http, listen, logs, report, signals, sockets, systemd};
 use vmesh_discovery::{Command, SourceConfig, View};
 use vmesh_model::{Place, Problem, ServiceName};
-use vmesh_xds::server::{AdsService, Bounded, Hub};
+use vmesh_xds::server::{AdsService, ConnectionLimits, Hub};
 
 use crate::api;
 use crate::compilation::{self, Compilation};
@@ -243,9 +243,9 @@ async fn run(config: Config) -> Result<(), RunError> {
     });
     tasks.spawn("forget nodes", fleet.forget_offline());
 
-    let bounded = Bounded { gate: Gate::new(limits), max_age: Some(config.limits.connection_age.0) };
+    let bounded = ConnectionLimits { gate: Gate::new(limits), max_age: Some(config.limits.connection_age.0) };
     tasks
-        .spawn_draining("xds", |stop| vmesh_xds::server::serve_bounded(xds, service, bounded, stopped(stop)));
+        .spawn_draining("xds", |stop| vmesh_xds::server::serve_connections(xds, service, bounded, stopped(stop)));
     spawn_api(&mut tasks, control, registry, api_tcp, api_socket);
     tasks.spawn("watchdog", systemd::watchdog());
     systemd::ready("serving");

@@ -2,7 +2,7 @@
 //! opened.
 
 use crate::grpc::{Failure, Messages, framed};
-use crate::{Glance, Kind};
+use crate::{ResponseSummary, Kind};
 use bytes::Bytes;
 use http::{HeaderMap, Request, header};
 use http_body::{Body, Frame};
@@ -28,11 +28,11 @@ use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDis
 /// One delta ADS stream on an HTTP/2 connection of its own. Dropping it closes the stream and the connection.
 pub struct AdsStream {
     requests: mpsc::Sender<Bytes>,
-    state: Opening,
+    state: StreamState,
     connection: JoinHandle<()>,
 }
 
-enum Opening {
+enum StreamState {
     /// The request headers are sent; the response headers may not arrive before the server has read a request.
     Sent(Pin<Box<dyn Future<Output = hyper::Result<http::Response<Incoming>>> + Send>>),
     Open(Box<Messages<Incoming>>),
@@ -91,7 +91,7 @@ impl AdsStream {
         let connection = tokio::spawn(async move { _ = connection.await });
 
         let (requests, body) = mpsc::channel(16);
-        let mut request = Request::new(Outgoing(body));
+        let mut request = Request::new(RequestBody(body));
         *request.method_mut() = http::Method::POST;
         *request.uri_mut() = http::Uri::builder()
             .scheme("http")
@@ -103,7 +103,7 @@ impl AdsStream {
         headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/grpc"));
         headers.insert(header::TE, header::HeaderValue::from_static("trailers"));
         let response = Box::pin(async move { http.send_request(request).await });
-        Ok(AdsStream { requests, state: Opening::Sent(response), connection })
+        Ok(AdsStream { requests, state: StreamState::Sent(response), connection })
     }
 
     /// Sends a request. Waits while the server's flow control blocks. An error means that the stream has ended;
@@ -135,19 +135,19 @@ impl AdsStream {
     pub async fn opened(&mut self) -> Result<(), Failure> {
         poll_fn(|cx| self.poll_open(cx)).await;
         match &self.state {
-            Opening::Ended(failure) => Err(failure.clone()),
+            StreamState::Ended(failure) => Err(failure.clone()),
             _ => Ok(()),
         }
     }
 
     fn poll_open(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if let Opening::Sent(response) = &mut self.state {
+        if let StreamState::Sent(response) = &mut self.state {
             self.state = match std::task::ready!(response.as_mut().poll(cx)) {
-                Ok(response) => match refusal(&response) {
-                    Some(failure) => Opening::Ended(failure),
-                    None => Opening::Open(Box::new(Messages::new(response.into_body(), RESPONSE_MAX))),
+                Ok(response) => match error_status(&response) {
+                    Some(failure) => StreamState::Ended(failure),
+                    None => StreamState::Open(Box::new(Messages::new(response.into_body(), RESPONSE_MAX))),
                 },
-                Err(error) => Opening::Ended(Failure::new(Code::Unavailable, error.to_string())),
+                Err(error) => StreamState::Ended(Failure::new(Code::Unavailable, error.to_string())),
             };
         }
         Poll::Ready(())
@@ -156,7 +156,7 @@ impl AdsStream {
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Bytes, Failure>> {
         std::task::ready!(self.poll_open(cx));
         let failure = match &mut self.state {
-            Opening::Open(messages) => match std::task::ready!(messages.poll_message(cx)) {
+            StreamState::Open(messages) => match std::task::ready!(messages.poll_message(cx)) {
                 Some(Ok(message)) => return Poll::Ready(Ok(message)),
                 Some(Err(failure)) => failure,
                 None => messages
@@ -164,10 +164,10 @@ impl AdsStream {
                     .and_then(status_in)
                     .unwrap_or_else(|| Failure::new(Code::Unavailable, "the server ended the stream")),
             },
-            Opening::Ended(failure) => failure.clone(),
-            Opening::Sent(_) => return Poll::Pending,
+            StreamState::Ended(failure) => failure.clone(),
+            StreamState::Sent(_) => return Poll::Pending,
         };
-        self.state = Opening::Ended(failure.clone());
+        self.state = StreamState::Ended(failure.clone());
         Poll::Ready(Err(failure))
     }
 }
@@ -178,7 +178,7 @@ impl Drop for AdsStream {
     }
 }
 
-fn refusal<B>(response: &http::Response<B>) -> Option<Failure> {
+fn error_status<B>(response: &http::Response<B>) -> Option<Failure> {
     if response.status() != http::StatusCode::OK {
         return Some(Failure::new(Code::Unavailable, format!("HTTP {}", response.status())));
     }
@@ -191,9 +191,9 @@ fn status_in(headers: &HeaderMap) -> Option<Failure> {
 }
 
 /// The request body of the stream: each message is one HTTP/2 data frame.
-struct Outgoing(mpsc::Receiver<Bytes>);
+struct RequestBody(mpsc::Receiver<Bytes>);
 
-impl Body for Outgoing {
+impl Body for RequestBody {
     type Data = Bytes;
     type Error = Infallible;
 
@@ -236,7 +236,7 @@ impl BenchClient {
     }
 
     /// Waits for the next response, updates the client's versions, and ACKs the response.
-    pub async fn next(&mut self) -> Result<Glance, Failure> {
+    pub async fn next(&mut self) -> Result<ResponseSummary, Failure> {
         if let Some(node) = self.node.take() {
             self.subscribe(Kind::Cluster, Vec::new(), Some(node)).await?;
             let clusters: Vec<String> =
@@ -248,12 +248,12 @@ impl BenchClient {
         }
         let message = self.stream.next_bytes().await?;
         let malformed = || Failure::new(Code::Internal, "not a response");
-        let glance = Glance::of(&message).ok_or_else(malformed)?;
-        let kind = glance.kind.ok_or_else(malformed)?;
+        let summary = ResponseSummary::parse(&message).ok_or_else(malformed)?;
+        let kind = summary.kind.ok_or_else(malformed)?;
         let has = self.has.entry(kind).or_default();
-        glance.removed.iter().for_each(|name| _ = has.remove(name));
+        summary.removed.iter().for_each(|name| _ = has.remove(name));
         let mut new = Vec::new();
-        for (name, version) in glance.resources.iter().zip(&glance.versions) {
+        for (name, version) in summary.resources.iter().zip(&summary.versions) {
             if has.insert(name.clone(), version.clone()).is_none() {
                 new.push(name.clone());
             }
@@ -263,14 +263,14 @@ impl BenchClient {
         }
         let ack = DeltaDiscoveryRequest {
             type_url: kind.type_url().to_owned(),
-            response_nonce: glance.nonce.clone(),
+            response_nonce: summary.nonce.clone(),
             ..DeltaDiscoveryRequest::default()
         };
         self.stream.send(&ack).await?;
         if kind == Kind::Cluster && !self.subscribed.contains(&Kind::Listener) {
             self.subscribe(Kind::Listener, Vec::new(), None).await?;
         }
-        Ok(glance)
+        Ok(summary)
     }
 
     /// Subscribes to more names, or to all when `names` is empty. The first request of a kind lists the

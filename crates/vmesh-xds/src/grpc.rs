@@ -40,7 +40,7 @@ pub(crate) struct Budget {
 
 /// The part of an incomplete message that needs no budget, in bytes: most requests are smaller, so the server
 /// reads them even while many large requests use up the budget.
-const FREE: usize = 4 << 10;
+const FREE_BYTES: usize = 4 << 10;
 
 impl Budget {
     #[cfg(feature = "server")]
@@ -53,34 +53,34 @@ impl Budget {
         self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
     }
 
-    fn give_back(&self, bytes: usize) {
+    fn release(&self, bytes: usize) {
         self.left.fetch_add(bytes, Ordering::Relaxed);
     }
 }
 
 /// The bytes that one stream has taken from a [`Budget`]. Dropping the share returns them.
-struct Share {
+struct BudgetShare {
     budget: Arc<Budget>,
     bytes: usize,
 }
 
-impl Share {
+impl BudgetShare {
     /// Adjusts the share to a stream that buffers `buffered` bytes. Returns `false` if the budget has too few
     /// bytes left.
     fn set(&mut self, buffered: usize) -> bool {
-        let bytes = buffered.saturating_sub(FREE);
+        let bytes = buffered.saturating_sub(FREE_BYTES);
         if bytes > self.bytes && !self.budget.take(bytes - self.bytes) {
             return false;
         }
-        self.budget.give_back(self.bytes.saturating_sub(bytes));
+        self.budget.release(self.bytes.saturating_sub(bytes));
         self.bytes = bytes;
         true
     }
 }
 
-impl Drop for Share {
+impl Drop for BudgetShare {
     fn drop(&mut self) {
-        self.budget.give_back(self.bytes);
+        self.budget.release(self.bytes);
     }
 }
 
@@ -90,7 +90,7 @@ pub(crate) struct Messages<B> {
     buffer: BytesMut,
     limit: usize,
     /// The stream's share of a budget. Without one, only `limit` bounds the buffer.
-    share: Option<Share>,
+    share: Option<BudgetShare>,
     trailers: Option<http::HeaderMap>,
 }
 
@@ -101,9 +101,9 @@ impl<B: Body> Messages<B> {
 
     /// Sets the size limit of the following messages and charges their incomplete bytes to `budget`.
     #[cfg(feature = "server")]
-    pub(crate) fn bound(&mut self, limit: usize, budget: &Arc<Budget>) {
+    pub(crate) fn set_limits(&mut self, limit: usize, budget: &Arc<Budget>) {
         self.limit = limit;
-        self.share = Some(Share { budget: budget.clone(), bytes: 0 });
+        self.share = Some(BudgetShare { budget: budget.clone(), bytes: 0 });
     }
 
     pub(crate) fn poll_message(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Failure>>> {

@@ -23,7 +23,7 @@
 //!
 //! Rule numbers (R25) refer to `RULES.md` in this crate's folder; tests carry them in their names (`r25_..`).
 
-mod glance;
+mod summary;
 #[cfg(any(feature = "client", feature = "server"))]
 mod grpc;
 mod kind;
@@ -39,7 +39,7 @@ pub mod client;
 #[cfg(feature = "server")]
 pub mod server;
 
-pub use glance::Glance;
+pub use summary::ResponseSummary;
 #[cfg(any(feature = "client", feature = "server"))]
 pub use grpc::Failure;
 pub use kind::{Kind, PerKind};

@@ -28,7 +28,7 @@ pub struct Relay {
     store: Arc<Store>,
     clients: BTreeMap<ClientId, PerKind<BTreeSet<Arc<str>>>>,
     next_client: u64,
-    transits: PerKind<Transit>,
+    kinds: PerKind<KindState>,
     accepted_revision: u64,
     /// The number of retries so far, which makes the fingerprint of each retry unique.
     attempts: u64,
@@ -47,10 +47,10 @@ pub struct ClientId(u64);
 
 /// The state of one kind: responses that are not answered yet, and what Envoy rejected.
 #[derive(Default)]
-struct Transit {
-    unanswered: VecDeque<Unanswered>,
+struct KindState {
+    unanswered: VecDeque<UnansweredResponse>,
     /// The resources that Envoy rejected in the version that the control plane sends now.
-    refused: BTreeMap<Arc<str>, Refused>,
+    rejected: BTreeMap<Arc<str>, RejectedResource>,
     /// Names whose removal an Envoy rejected, with the reason. That Envoy keeps its resource until it
     /// disconnects.
     unremovable: BTreeMap<Arc<str>, (ClientId, Arc<str>)>,
@@ -59,10 +59,10 @@ struct Transit {
     /// one, the relay must reject it without waiting for Envoy.
     known_bad: BTreeMap<Arc<str>, (u64, Arc<str>)>,
     /// Names whose accepted resource was taken by an earlier Envoy and rejected by a later one.
-    lacking: BTreeSet<Arc<str>>,
+    disputed: BTreeSet<Arc<str>>,
 }
 
-struct Refused {
+struct RejectedResource {
     resource: Arc<Resource>,
     reason: Arc<str>,
     /// Set if the host was the cause and not the resource: the relay then sends the resource again.
@@ -90,7 +90,7 @@ const REFUSALS_MAX: usize = 256;
 
 /// Reports whether Envoy's error text blames the host (an address that is in use or missing) and not the
 /// resource: Envoy may take the same resource later.
-fn is_of_host(reason: &str) -> bool {
+fn blames_host(reason: &str) -> bool {
     let reason = reason.to_ascii_lowercase();
     const OF_HOST: [&str; 6] = [
         "address already in use",
@@ -103,7 +103,7 @@ fn is_of_host(reason: &str) -> bool {
     OF_HOST.iter().any(|of_host| reason.contains(of_host))
 }
 
-struct Unanswered {
+struct UnansweredResponse {
     /// `None` after the upstream stream has ended.
     ticket: Option<Ticket>,
     /// The names for which Envoy has not answered, with the fingerprint of the resource; `None` stands for a
@@ -126,13 +126,13 @@ impl Relay {
         upstream.subscribe_all(Kind::Cluster);
         upstream.subscribe_all(Kind::Listener);
         // Sessions answer a subscription to `Kind::Local` at once: no resource of that kind is for Envoy.
-        let store = Store::partial().apply([present(Resource::absent(Kind::Local, "*"))]);
+        let store = Store::partial().apply([upsert(Resource::absent(Kind::Local, "*"))]);
         Relay {
             upstream,
             store: Arc::new(store),
             clients: BTreeMap::new(),
             next_client: 0,
-            transits: PerKind::default(),
+            kinds: PerKind::default(),
             accepted_revision: 0,
             attempts: 0,
             has_recovered: false,
@@ -142,7 +142,7 @@ impl Relay {
 
     /// Subscribes also to resources of [`Kind::Local`], which describe the node and not its proxy. A resource
     /// that passes `check` is [accepted](Relay::accepted) at once; sessions never serve it.
-    pub fn take_local(&mut self, check: CheckLocal) {
+    pub fn subscribe_local(&mut self, check: CheckLocal) {
         self.check_local = Some(check);
         self.upstream.subscribe_all(Kind::Local);
     }
@@ -158,7 +158,7 @@ impl Relay {
                 relay.upstream.subscribe(kind, resource.name().clone());
             }
             if kind != Kind::Local {
-                changes.push(present(resource.clone()));
+                changes.push(upsert(resource.clone()));
             }
             relay.upstream.hold(resource);
         }
@@ -179,7 +179,7 @@ impl Relay {
     /// Returns the resource that Envoy took last under this name, unless a later Envoy rejected that very
     /// resource.
     pub fn in_force(&self, kind: Kind, name: &str) -> Option<&Arc<Resource>> {
-        self.upstream.held(kind, name).filter(|_| !self.transits[kind].lacking.contains(name))
+        self.upstream.held(kind, name).filter(|_| !self.kinds[kind].disputed.contains(name))
     }
 
     /// Returns the names for which [`Relay::in_force`] may have changed since the previous call.
@@ -190,7 +190,7 @@ impl Relay {
     /// Reports whether [`Relay::accepted`] contains all resources of a wildcard kind: the control plane has
     /// listed them once, now or before a restart, and Envoy has answered for all of them.
     pub fn has_all(&self, kind: Kind) -> bool {
-        self.upstream.held(kind, "*").is_some() && self.transits[kind].unanswered.is_empty()
+        self.upstream.held(kind, "*").is_some() && self.kinds[kind].unanswered.is_empty()
     }
 
     /// Returns a counter that grows with each change of [`Relay::accepted`] and of [`Relay::in_force`].
@@ -200,10 +200,10 @@ impl Relay {
 
     /// Iterates over the names that Envoy rejects, with its reasons: rejected resources first, then rejected
     /// removals.
-    pub fn refused(&self) -> impl Iterator<Item = (Kind, &Arc<str>, &Arc<str>)> {
-        self.transits.iter().flat_map(|(kind, transit)| {
-            let removals = transit.unremovable.iter().map(|(name, (_, reason))| (name, reason));
-            let contents = transit.refused.iter().map(|(name, refused)| (name, &refused.reason));
+    pub fn rejections(&self) -> impl Iterator<Item = (Kind, &Arc<str>, &Arc<str>)> {
+        self.kinds.iter().flat_map(|(kind, state)| {
+            let removals = state.unremovable.iter().map(|(name, (_, reason))| (name, reason));
+            let contents = state.rejected.iter().map(|(name, rejected)| (name, &rejected.reason));
             contents.chain(removals).map(move |(name, reason)| (kind, name, reason))
         })
     }
@@ -216,16 +216,16 @@ impl Relay {
 
     /// Sends resources again whose retry is due. Returns the time of the next retry, when the caller must call
     /// this again.
-    pub fn on_time(&mut self, now: Instant) -> Option<Instant> {
+    pub fn on_timeout(&mut self, now: Instant) -> Option<Instant> {
         let (mut next, mut again) = (None::<Instant>, Vec::new());
-        for (_, transit) in self.transits.iter_mut() {
-            for refused in transit.refused.values_mut() {
-                let Some(retry) = refused.retry.as_mut().filter(|retry| !retry.is_tried) else { continue };
+        for (_, state) in self.kinds.iter_mut() {
+            for rejected in state.rejected.values_mut() {
+                let Some(retry) = rejected.retry.as_mut().filter(|retry| !retry.is_tried) else { continue };
                 let at = *retry.at.get_or_insert(now + retry.pause);
                 if at <= now {
                     (retry.at, retry.is_tried) = (None, true);
                     self.attempts += 1;
-                    again.push(present(refused.resource.again(self.attempts)));
+                    again.push(upsert(rejected.resource.copy_to_retry(self.attempts)));
                 } else {
                     next = next.into_iter().chain([at]).min();
                 }
@@ -252,7 +252,7 @@ impl Relay {
     }
 
     pub fn on_connected(&mut self) {
-        self.take_back();
+        self.withdraw_unanswered();
         self.has_recovered = false;
         self.upstream.on_connected();
     }
@@ -261,21 +261,21 @@ impl Relay {
     /// arrive, but their answers go to nobody.
     pub fn on_disconnected(&mut self) {
         self.upstream.on_disconnected();
-        for (_, transit) in self.transits.iter_mut() {
-            transit.unanswered.iter_mut().for_each(|entry| entry.ticket = None);
+        for (_, state) in self.kinds.iter_mut() {
+            state.unanswered.iter_mut().for_each(|entry| entry.ticket = None);
         }
     }
 
     /// Withdraws resources that Envoy has not answered for and serves the accepted ones instead. A new stream
     /// lists the accepted versions, so the control plane sends the difference to those; serving the unanswered
     /// ones too would let both ends disagree about what Envoy has.
-    fn take_back(&mut self) {
+    fn withdraw_unanswered(&mut self) {
         let mut changes = Vec::new();
-        for (kind, transit) in self.transits.iter_mut() {
-            for entry in transit.unanswered.drain(..) {
+        for (kind, state) in self.kinds.iter_mut() {
+            for entry in state.unanswered.drain(..) {
                 changes.extend(entry.waiting.into_keys().map(|name| match self.upstream.held(kind, &name) {
-                    Some(held) => present(held.clone()),
-                    None => gone(kind, &name),
+                    Some(held) => upsert(held.clone()),
+                    None => removal_of(kind, &name),
                 }));
             }
         }
@@ -299,8 +299,8 @@ impl Relay {
         }
         let Update { ticket, resources, removed } = update;
         let kind = ticket.kind();
-        let (mut changes, mut refused_before, mut others) = (Vec::new(), Vec::new(), Vec::new());
-        let mut entry = Unanswered {
+        let (mut changes, mut rejected_before, mut others) = (Vec::new(), Vec::new(), Vec::new());
+        let mut entry = UnansweredResponse {
             ticket: Some(ticket),
             waiting: BTreeMap::new(),
             reasons: Vec::new(),
@@ -309,48 +309,48 @@ impl Relay {
         };
         for resource in resources {
             let name = resource.name().clone();
-            self.transits[kind].supersede(&name);
-            let bad = self.transits[kind].known_bad.get(&name).cloned();
+            self.kinds[kind].supersede(&name);
+            let bad = self.kinds[kind].known_bad.get(&name).cloned();
             if let Some((_, reason)) = bad.filter(|(bad, _)| *bad == resource.fingerprint()) {
                 // Envoy's session does not repeat a rejected resource, so the last good one stays in the store.
                 changes.push(self.last_good(kind, &name));
-                refused_before.push((resource.clone(), reason.clone()));
-                self.transits[kind].refuse(resource, reason);
+                rejected_before.push((resource.clone(), reason.clone()));
+                self.kinds[kind].record_rejection(resource, reason);
                 continue;
             }
-            self.transits[kind].refused.remove(&name);
-            self.transits[kind].unremovable.remove(&name);
+            self.kinds[kind].rejected.remove(&name);
+            self.kinds[kind].unremovable.remove(&name);
             others.push(name.clone());
             let is_held = self.upstream.held(kind, &name).is_some_and(|held| *held == resource);
             if !is_held {
                 entry.waiting.insert(name, Some(resource.fingerprint()));
             }
-            changes.push(present(resource));
+            changes.push(upsert(resource));
         }
-        for (resource, reason) in refused_before {
+        for (resource, reason) in rejected_before {
             let name = resource.name();
-            entry.refuse(name, resource.version(), &reason, false);
+            entry.add_refusal(name, resource.version(), &reason, false);
             // One error text of Envoy may blame several resources. The text is not repeated once one of those
             // resources has changed.
             let is_of_others = others.iter().any(|other| reason.contains(&**other));
-            entry.blame(match is_of_others {
+            entry.add_reason(match is_of_others {
                 true => format!("{name}: refused before, and the same since").into(),
                 false => reason,
             });
         }
         for name in removed {
-            self.transits[kind].supersede(&name);
-            self.transits[kind].refused.remove(&name);
-            if let Some((_, reason)) = self.transits[kind].unremovable.get(&name) {
+            self.kinds[kind].supersede(&name);
+            self.kinds[kind].rejected.remove(&name);
+            if let Some((_, reason)) = self.kinds[kind].unremovable.get(&name) {
                 // Envoy has already rejected this removal and still has the resource.
-                entry.refuse(&name, "", reason, true);
-                entry.blame(format!("{name}: {reason}").into());
+                entry.add_refusal(&name, "", reason, true);
+                entry.add_reason(format!("{name}: {reason}").into());
                 continue;
             }
             let served = self.store.get(kind, &name).is_some();
             changes.push(match kind.has_wildcard() {
-                true => gone(kind, &name),
-                false => present(Resource::absent(kind, name.clone())),
+                true => removal_of(kind, &name),
+                false => upsert(Resource::absent(kind, name.clone())),
             });
             // Sessions never announce the removal of a secret to Envoy (R30).
             if served && kind != Kind::Secret {
@@ -365,16 +365,16 @@ impl Relay {
                 self.upstream.hold(all.clone());
                 self.accepted_revision += 1;
             }
-            changes.push(present(all));
+            changes.push(upsert(all));
         }
         self.store = Arc::new(self.store.incomplete().apply(changes));
         entry.generation = self.store.generation();
-        let transit = &mut self.transits[kind];
-        transit.unanswered.push_back(entry);
-        if transit.unanswered.len() > UNANSWERED_MAX {
-            transit.unanswered.pop_front();
+        let state = &mut self.kinds[kind];
+        state.unanswered.push_back(entry);
+        if state.unanswered.len() > UNANSWERED_MAX {
+            state.unanswered.pop_front();
         }
-        self.answer(kind);
+        self.answer_upstream(kind);
     }
 
     /// Answers a response with resources of [`Kind::Local`]. An invalid resource is rejected, and the held one
@@ -398,18 +398,18 @@ impl Relay {
         self.accepted_revision += 1;
         match reasons.is_empty() {
             true => self.upstream.acknowledge(ticket),
-            false => self.upstream.reject_some(ticket, &reasons.join("\n"), Some(&bounded(refusals))),
+            false => self.upstream.reject_with_refusals(ticket, &reasons.join("\n"), Some(&limited_refusals(refusals))),
         }
     }
 
     /// Answers the responses whose resources Envoy has all answered for, in the order in which they arrived.
-    fn answer(&mut self, kind: Kind) {
+    fn answer_upstream(&mut self, kind: Kind) {
         if !kind.has_wildcard() && !self.clients.is_empty() {
             // Envoy never answers for a name that no client subscribes to. The relay unsubscribes from it; the
             // next subscription fetches it again.
             let wanted: Vec<_> = self.clients.values().map(|client| &client[kind]).collect();
             let mut unwanted = Vec::new();
-            for entry in &mut self.transits[kind].unanswered {
+            for entry in &mut self.kinds[kind].unanswered {
                 entry.waiting.retain(|name, waiting| {
                     let is_wanted = wanted.iter().any(|names| names.contains(name));
                     if !is_wanted {
@@ -422,16 +422,16 @@ impl Relay {
                 if is_removal {
                     self.accept_removal(kind, &name);
                 }
-                self.leave(kind, &name);
+                self.unsubscribe_unwanted(kind, &name);
             }
         }
-        let unanswered = &mut self.transits[kind].unanswered;
+        let unanswered = &mut self.kinds[kind].unanswered;
         while unanswered.front().is_some_and(|entry| entry.waiting.is_empty()) {
-            let Some(Unanswered { ticket, reasons, refusals, .. }) = unanswered.pop_front() else { return };
+            let Some(UnansweredResponse { ticket, reasons, refusals, .. }) = unanswered.pop_front() else { return };
             match (ticket, reasons.is_empty()) {
                 (Some(ticket), true) => self.upstream.acknowledge(ticket),
                 (Some(ticket), false) => {
-                    self.upstream.reject_some(ticket, &reasons.join("\n"), Some(&bounded(refusals)));
+                    self.upstream.reject_with_refusals(ticket, &reasons.join("\n"), Some(&limited_refusals(refusals)));
                 }
                 (None, _) => {}
             }
@@ -439,7 +439,7 @@ impl Relay {
     }
 
     fn accept_removal(&mut self, kind: Kind, name: &Arc<str>) {
-        self.transits[kind].lacking.remove(name);
+        self.kinds[kind].disputed.remove(name);
         match kind.has_wildcard() {
             true => self.upstream.forget(kind, name),
             false => self.upstream.hold(Resource::absent(kind, name.clone())),
@@ -457,9 +457,9 @@ impl Relay {
         // The new client may be another Envoy, or the cause of a rejection may have disappeared, so the client
         // gets the rejected resources once. Sessions that rejected them before do not send them again.
         let mut changes = Vec::new();
-        for (_, transit) in self.transits.iter_mut() {
-            transit.known_bad.clear();
-            changes.extend(transit.refused.values().map(|refused| present(refused.resource.clone())));
+        for (_, state) in self.kinds.iter_mut() {
+            state.known_bad.clear();
+            changes.extend(state.rejected.values().map(|rejected| upsert(rejected.resource.clone())));
         }
         if !changes.is_empty() {
             self.store = Arc::new(self.store.apply(changes));
@@ -472,7 +472,7 @@ impl Relay {
         self.clients.remove(&client);
         for kind in Kind::ALL {
             let of_client = |(_, (by, _)): &(&Arc<str>, &(ClientId, Arc<str>))| *by == client;
-            let removed: Vec<_> = self.transits[kind]
+            let removed: Vec<_> = self.kinds[kind]
                 .unremovable
                 .iter()
                 .filter(of_client)
@@ -480,7 +480,7 @@ impl Relay {
                 .collect();
             for name in removed {
                 // No Envoy has the removed resource any more.
-                self.transits[kind].unremovable.remove(&name);
+                self.kinds[kind].unremovable.remove(&name);
                 self.accept_removal(kind, &name);
                 self.has_recovered = true;
             }
@@ -505,8 +505,8 @@ impl Relay {
                 if let Some(client) = self.clients.get_mut(&client) {
                     client[kind].remove(&name);
                 }
-                self.leave(kind, &name);
-                self.answer(kind);
+                self.unsubscribe_unwanted(kind, &name);
+                self.answer_upstream(kind);
             }
             Event::Accepted { kind, name, resource } => self.on_accepted(kind, &name, resource),
             Event::Rejected { resource, reason } => self.on_rejected(&resource, &reason),
@@ -523,18 +523,18 @@ impl Relay {
         }
         let fingerprint = resource.as_ref().map(|resource| resource.fingerprint());
         // Envoy may take an assignment without endpoints while the removal of that assignment is due.
-        let removed = self.transits[kind].take(name, |waiting| waiting.is_none() || waiting == fingerprint)
+        let removed = self.kinds[kind].stop_waiting_for(name, |waiting| waiting.is_none() || waiting == fingerprint)
             == Some(None);
         let served = self.store.get(kind, name).map(|served| served.fingerprint());
         let mut resource = resource;
         if let Some(taken) = &mut resource {
-            self.is_lacking(kind, name, false);
-            let refused = &mut self.transits[kind].refused;
-            if refused.get(name).is_some_and(|refused| refused.resource.is_again(taken))
-                && let Some(refused) = refused.remove(name)
+            self.set_disputed(kind, name, false);
+            let rejected = &mut self.kinds[kind].rejected;
+            if rejected.get(name).is_some_and(|rejected| rejected.resource.is_same_content(taken))
+                && let Some(rejected) = rejected.remove(name)
             {
-                *taken = refused.resource;
-                self.transits[kind].known_bad.remove(name);
+                *taken = rejected.resource;
+                self.kinds[kind].known_bad.remove(name);
                 self.has_recovered = true;
             }
         }
@@ -551,16 +551,16 @@ impl Relay {
             _ if removed || (fingerprint.is_none() && served.is_none()) => self.accept_removal(kind, name),
             _ => {}
         }
-        self.answer(kind);
+        self.answer_upstream(kind);
         if kind == Kind::Listener && self.is_connected() {
             self.prune();
         }
     }
 
     /// Notes whether the accepted resource of `name` is rejected by an Envoy that connected later.
-    fn is_lacking(&mut self, kind: Kind, name: &Arc<str>, now: bool) {
-        let lacking = &mut self.transits[kind].lacking;
-        if if now { lacking.insert(name.clone()) } else { lacking.remove(name) } {
+    fn set_disputed(&mut self, kind: Kind, name: &Arc<str>, is_disputed: bool) {
+        let disputed = &mut self.kinds[kind].disputed;
+        if if is_disputed { disputed.insert(name.clone()) } else { disputed.remove(name) } {
             self.upstream.note_change(kind, name);
             self.accepted_revision += 1;
         }
@@ -574,7 +574,7 @@ impl Relay {
     /// up to that generation count as answered.
     fn on_settled(&mut self, kind: Kind, generation: u64) {
         let mut settled = Vec::new();
-        for entry in &mut self.transits[kind].unanswered {
+        for entry in &mut self.kinds[kind].unanswered {
             if entry.generation <= generation {
                 settled.extend(std::mem::take(&mut entry.waiting));
             }
@@ -588,31 +588,31 @@ impl Relay {
             match (waiting, served) {
                 (None, None) => self.accept_removal(kind, &name),
                 (Some(fingerprint), Some(served)) if served.fingerprint() == fingerprint => {
-                    self.is_lacking(kind, &name, false);
+                    self.set_disputed(kind, &name, false);
                     self.upstream.hold(served);
                     self.accepted_revision += 1;
                 }
                 _ => {}
             }
         }
-        self.answer(kind);
+        self.answer_upstream(kind);
     }
 
     fn on_rejected(&mut self, resource: &Arc<Resource>, reason: &Arc<str>) {
         let (kind, name) = (resource.kind(), resource.name());
         let fingerprint = resource.fingerprint();
-        for entry in &mut self.transits[kind].unanswered {
+        for entry in &mut self.kinds[kind].unanswered {
             if entry.waiting.get(name) == Some(&Some(fingerprint)) {
                 entry.waiting.remove(name);
-                entry.refuse(name, resource.version(), reason, false);
-                entry.blame(reason.clone());
+                entry.add_refusal(name, resource.version(), reason, false);
+                entry.add_reason(reason.clone());
             }
         }
-        let original = self.transits[kind].refuse(resource.clone(), reason.clone());
+        let original = self.kinds[kind].record_rejection(resource.clone(), reason.clone());
         let known_bad = (original.fingerprint(), reason.clone());
-        self.transits[kind].known_bad.insert(name.clone(), known_bad);
+        self.kinds[kind].known_bad.insert(name.clone(), known_bad);
         if self.upstream.held(kind, name).is_some_and(|held| held == resource) {
-            self.is_lacking(kind, name, true);
+            self.set_disputed(kind, name, true);
         }
         // An Envoy that connects now must not get the rejected resource.
         let is_served = self.store.get(kind, name).is_some_and(|served| served == resource);
@@ -620,39 +620,39 @@ impl Relay {
             let change = self.last_good(kind, name);
             self.store = Arc::new(self.store.apply([change]));
         }
-        self.answer(kind);
+        self.answer_upstream(kind);
     }
 
     /// Records that Envoy keeps a resource whose removal it rejected. The removal stays in the store, and
     /// Envoy's session does not repeat it.
     fn on_removal_rejected(&mut self, client: ClientId, kind: Kind, name: &Arc<str>, reason: &Arc<str>) {
         let mut is_of_control_plane = false;
-        for entry in &mut self.transits[kind].unanswered {
+        for entry in &mut self.kinds[kind].unanswered {
             if entry.waiting.get(name) == Some(&None) {
                 entry.waiting.remove(name);
-                entry.refuse(name, "", reason, true);
-                entry.blame(format!("{name}: {reason}").into());
+                entry.add_refusal(name, "", reason, true);
+                entry.add_reason(format!("{name}: {reason}").into());
                 is_of_control_plane = true;
             }
         }
         if is_of_control_plane {
-            self.transits[kind].unremovable.insert(name.clone(), (client, reason.clone()));
+            self.kinds[kind].unremovable.insert(name.clone(), (client, reason.clone()));
         }
-        self.answer(kind);
+        self.answer_upstream(kind);
     }
 
     /// The replacement of a rejected resource in the store: the one that Envoy took last, or its absence. A
     /// client that asks gets an answer in either case, since Envoy serves nothing while it waits (R31).
-    fn last_good(&self, kind: Kind, name: &Arc<str>) -> Change {
+    fn last_good(&self, kind: Kind, name: &Arc<str>) -> GroupChange {
         match self.upstream.held(kind, name) {
-            Some(held) => present(held.clone()),
-            None if kind.has_wildcard() => gone(kind, name),
-            None => present(Resource::absent(kind, name.clone())),
+            Some(held) => upsert(held.clone()),
+            None if kind.has_wildcard() => removal_of(kind, name),
+            None => upsert(Resource::absent(kind, name.clone())),
         }
     }
 
     /// Unsubscribes from `name` upstream if no client subscribes to it.
-    fn leave(&mut self, kind: Kind, name: &Arc<str>) {
+    fn unsubscribe_unwanted(&mut self, kind: Kind, name: &Arc<str>) {
         let wanted = self.clients.values().any(|client| client[kind].contains(name));
         // Without a control plane a dropped resource could not be fetched again.
         if wanted || &**name == "*" || !self.is_connected() {
@@ -660,9 +660,9 @@ impl Relay {
         }
         self.upstream.unsubscribe(kind, name);
         if !kind.has_wildcard() {
-            self.transits[kind].refused.remove(name);
-            self.transits[kind].known_bad.remove(name);
-            self.store = Arc::new(self.store.apply([gone(kind, name)]));
+            self.kinds[kind].rejected.remove(name);
+            self.kinds[kind].known_bad.remove(name);
+            self.store = Arc::new(self.store.apply([removal_of(kind, name)]));
             self.accepted_revision += 1;
         }
     }
@@ -674,30 +674,30 @@ impl Relay {
             let wanted = |name: &Arc<str>| self.clients.values().any(|client| client[kind].contains(name));
             let left: Vec<_> =
                 self.upstream.subscriptions(kind).filter(|name| !wanted(name)).cloned().collect();
-            left.iter().for_each(|name| self.leave(kind, name));
-            self.answer(kind);
+            left.iter().for_each(|name| self.unsubscribe_unwanted(kind, name));
+            self.answer_upstream(kind);
         }
     }
 }
 
-impl Transit {
+impl KindState {
     /// Records that Envoy rejected a resource. Returns the resource as the control plane sent it, which differs
     /// from `resource` if that was a retry.
-    fn refuse(&mut self, resource: Arc<Resource>, reason: Arc<str>) -> Arc<Resource> {
+    fn record_rejection(&mut self, resource: Arc<Resource>, reason: Arc<str>) -> Arc<Resource> {
         let before =
-            self.refused.remove(resource.name()).filter(|before| before.resource.is_again(&resource));
+            self.rejected.remove(resource.name()).filter(|before| before.resource.is_same_content(&resource));
         let (resource, retry) = match before {
             Some(before) => (before.resource, before.retry),
             None => (resource, None),
         };
-        let retry = is_of_host(&reason).then(|| match retry {
+        let retry = blames_host(&reason).then(|| match retry {
             Some(retry) if retry.is_tried => {
                 Retry { pause: (retry.pause * 2).min(RETRY_LAST), at: None, is_tried: false }
             }
             Some(retry) => retry,
             None => Retry { pause: RETRY_FIRST, at: None, is_tried: false },
         });
-        self.refused.insert(resource.name().clone(), Refused { resource: resource.clone(), reason, retry });
+        self.rejected.insert(resource.name().clone(), RejectedResource { resource: resource.clone(), reason, retry });
         resource
     }
 
@@ -707,10 +707,10 @@ impl Transit {
     }
 
     /// Stops waiting for `name` if `matches` accepts the awaited fingerprint, and returns that fingerprint.
-    fn take(&mut self, name: &str, this: impl Fn(Option<u64>) -> bool) -> Option<Option<u64>> {
+    fn stop_waiting_for(&mut self, name: &str, matches: impl Fn(Option<u64>) -> bool) -> Option<Option<u64>> {
         let mut taken = None;
         for entry in &mut self.unanswered {
-            if entry.waiting.get(name).is_some_and(|waiting| this(*waiting)) {
+            if entry.waiting.get(name).is_some_and(|waiting| matches(*waiting)) {
                 taken = entry.waiting.remove(name);
             }
         }
@@ -718,12 +718,12 @@ impl Transit {
     }
 }
 
-impl Unanswered {
-    fn refuse(&mut self, name: &str, version: &str, reason: &str, removal: bool) {
+impl UnansweredResponse {
+    fn add_refusal(&mut self, name: &str, version: &str, reason: &str, removal: bool) {
         self.refusals.push(refusal(name, version, reason, removal));
     }
 
-    fn blame(&mut self, reason: Arc<str>) {
+    fn add_reason(&mut self, reason: Arc<str>) {
         if !self.reasons.contains(&reason) {
             self.reasons.push(reason);
         }
@@ -735,26 +735,26 @@ fn refusal(name: &str, version: &str, reason: &str, removal: bool) -> Refusal {
     Refusal { name: name.to_owned(), version: version.to_owned(), reason: reason.to_owned(), removal }
 }
 
-fn bounded(mut refusals: Vec<Refusal>) -> Refusals {
+fn limited_refusals(mut refusals: Vec<Refusal>) -> Refusals {
     let others_taken = refusals.len() <= REFUSALS_MAX;
     refusals.truncate(REFUSALS_MAX);
     Refusals { refusals, others_taken }
 }
 
-type Change = (Arc<str>, Option<Arc<Group>>);
+type GroupChange = (Arc<str>, Option<Arc<Group>>);
 
 /// The key of a resource's group. Each resource has a group of its own, which the relay can replace alone.
-fn key(kind: Kind, name: &str) -> Arc<str> {
+fn group_key(kind: Kind, name: &str) -> Arc<str> {
     format!("{kind} {name}").into()
 }
 
-fn present(resource: Arc<Resource>) -> Change {
-    let key = key(resource.kind(), resource.name());
+fn upsert(resource: Arc<Resource>) -> GroupChange {
+    let key = group_key(resource.kind(), resource.name());
     (key.clone(), Some(Group::new(key, [resource])))
 }
 
-fn gone(kind: Kind, name: &str) -> Change {
-    (key(kind, name), None)
+fn removal_of(kind: Kind, name: &str) -> GroupChange {
+    (group_key(kind, name), None)
 }
 
 #[cfg(test)]

@@ -86,7 +86,7 @@ impl Resource {
 
     /// Returns a copy of this resource with a new fingerprint, to send it once more to clients that rejected
     /// it: a [`Session`](crate::Session) treats the copy as new content. `attempt` must differ for each copy.
-    pub(crate) fn again(&self, attempt: u64) -> Arc<Resource> {
+    pub(crate) fn copy_to_retry(&self, attempt: u64) -> Arc<Resource> {
         Arc::new(Resource {
             kind: self.kind,
             name: self.name.clone(),
@@ -100,7 +100,7 @@ impl Resource {
 
     /// Reports whether both have the same bytes and version, even if one of them is a [copy to
     /// retry](Resource::copy_to_retry).
-    pub(crate) fn is_again(&self, other: &Resource) -> bool {
+    pub(crate) fn is_same_content(&self, other: &Resource) -> bool {
         self.kind == other.kind && self.encoded == other.encoded
     }
 

@@ -47,7 +47,7 @@ pub struct Snapshot {
 }
 
 /// The result of looking up a name in a snapshot.
-pub(crate) enum Known<'a> {
+pub(crate) enum Lookup<'a> {
     Present(&'a Arc<Resource>),
     Absent,
     /// The store is partial and has no record of the name: the resource may exist.
@@ -57,20 +57,20 @@ pub(crate) enum Known<'a> {
 impl Snapshot {
     pub fn get(&self, kind: Kind, name: &str) -> Option<&Arc<Resource>> {
         match self.find(kind, name) {
-            Known::Present(resource) => Some(resource),
-            Known::Absent | Known::Unknown => None,
+            Lookup::Present(resource) => Some(resource),
+            Lookup::Absent | Lookup::Unknown => None,
         }
     }
 
-    pub(crate) fn find(&self, kind: Kind, name: &str) -> Known<'_> {
+    pub(crate) fn find(&self, kind: Kind, name: &str) -> Lookup<'_> {
         let found = match self.scope.own.get(kind, name) {
             Some(own) => Some(own),
             None => self.store.find(kind, name, |key| self.scope.contains(key)),
         };
         match found {
-            Some(resource) if !resource.is_absent() => Known::Present(resource),
-            None if self.store.is_partial() && !self.has_all(kind) => Known::Unknown,
-            _ => Known::Absent,
+            Some(resource) if !resource.is_absent() => Lookup::Present(resource),
+            None if self.store.is_partial() && !self.has_all(kind) => Lookup::Unknown,
+            _ => Lookup::Absent,
         }
     }
 
@@ -92,7 +92,7 @@ impl Snapshot {
         let shared = self.groups().flat_map(move |group| group.of_kind(kind));
         let has_own = !self.scope.own.of_kind(kind).is_empty();
         let shared = shared.filter(move |resource| {
-            if !has_own && self.store.has_once(kind, resource.name()) {
+            if !has_own && self.store.is_unique(kind, resource.name()) {
                 return true;
             }
             let visible = self.get(kind, resource.name());
@@ -117,7 +117,7 @@ impl Snapshot {
         let mut compare = |key: &str| diff(old(key), new(key), &mut changed);
 
         let same_scope = Arc::ptr_eq(&before.scope, &self.scope) || before.scope.groups == self.scope.groups;
-        let logged = || match same_scope && self.store.descends_with(&before.store) {
+        let logged = || match same_scope && self.store.shares_lineage(&before.store) {
             true => self.store.changed_since(before.store.generation()),
             false => None,
         };

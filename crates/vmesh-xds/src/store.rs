@@ -67,7 +67,7 @@ pub struct Store {
     /// For each kind and name, the sorted keys of the groups that have such a resource. Only added and removed
     /// names change this index; new content does not.
     owners: PerKind<HashTrieMapSync<Arc<str>, Vec<Arc<str>>, RandomState>>,
-    log: Log,
+    log: ChangeLog,
 }
 
 impl Default for Store {
@@ -91,7 +91,7 @@ impl Store {
             partial,
             groups: RedBlackTreeMapSync::new_sync(),
             owners: PerKind::from_fn(|_| HashTrieMap::new_with_hasher_and_ptr_kind(RandomState::default())),
-            log: Log::default(),
+            log: ChangeLog::default(),
         }
     }
 
@@ -111,7 +111,7 @@ impl Store {
         }
         // Every lookup may now give another answer, so no earlier generation can be compared with this one.
         let generation = self.generation + 1;
-        Store { partial, generation, log: Log::starting_at(generation), ..self.clone() }
+        Store { partial, generation, log: ChangeLog::starting_at(generation), ..self.clone() }
     }
 
     /// Sets groups or, with `None`, removes them. The cost is proportional to the change. The generation grows
@@ -182,7 +182,7 @@ impl Store {
     }
 
     /// Reports whether the generations of the two stores count the same changes.
-    pub fn descends_with(&self, other: &Store) -> bool {
+    pub fn shares_lineage(&self, other: &Store) -> bool {
         self.lineage == other.lineage
     }
 
@@ -220,7 +220,7 @@ impl Store {
     }
 
     /// Reports whether exactly one group has a resource of that name.
-    pub(crate) fn has_once(&self, kind: Kind, name: &str) -> bool {
+    pub(crate) fn is_unique(&self, kind: Kind, name: &str) -> bool {
         self.owners[kind].get(name).is_some_and(|owners| owners.len() == 1)
     }
 
@@ -241,25 +241,25 @@ impl fmt::Debug for Store {
 
 /// Which groups changed in each generation after `from`.
 #[derive(Clone)]
-struct Log {
+struct ChangeLog {
     from: u64,
     keys: usize,
     changes: RedBlackTreeMapSync<u64, Arc<[Arc<str>]>>,
 }
 
-impl Log {
+impl ChangeLog {
     /// Limits of the log. A reader that is further behind compares all groups, which costs no more by then.
     const GENERATIONS: usize = 1024;
     const KEYS: usize = 16 * 1024;
 
-    fn starting_at(from: u64) -> Log {
-        Log { from, keys: 0, changes: RedBlackTreeMapSync::new_sync() }
+    fn starting_at(from: u64) -> ChangeLog {
+        ChangeLog { from, keys: 0, changes: RedBlackTreeMapSync::new_sync() }
     }
 
     fn record(&mut self, generation: u64, keys: BTreeSet<Arc<str>>) {
         self.keys += keys.len();
         self.changes.insert_mut(generation, keys.into_iter().collect());
-        while self.keys > Log::KEYS || self.changes.size() > Log::GENERATIONS {
+        while self.keys > ChangeLog::KEYS || self.changes.size() > ChangeLog::GENERATIONS {
             let Some((&oldest, keys)) = self.changes.first() else { return };
             self.keys -= keys.len();
             self.changes.remove_mut(&oldest);
@@ -268,9 +268,9 @@ impl Log {
     }
 }
 
-impl Default for Log {
-    fn default() -> Log {
-        Log::starting_at(0)
+impl Default for ChangeLog {
+    fn default() -> ChangeLog {
+        ChangeLog::starting_at(0)
     }
 }
 

@@ -42,7 +42,7 @@ struct Interest {
     /// The resources that the owner holds, tombstones included.
     held: BTreeMap<Arc<str>, Arc<Resource>>,
     /// Names of received resources that the owner does not hold in the received version.
-    unheld: BTreeSet<Arc<str>>,
+    not_held: BTreeSet<Arc<str>>,
 }
 
 /// One response of the server.
@@ -69,10 +69,10 @@ impl Ticket {
 
 /// The type of a request that only names the node. No resource has this type: a server counts the request and
 /// keeps the stream.
-const INTRODUCTION: &str = "type.googleapis.com/vmesh.NodeReport";
+const NODE_TYPE_URL: &str = "type.googleapis.com/vmesh.NodeReport";
 /// A first request may list this many names with their versions. Above this number the node is sent in a
 /// request of its own.
-const INTRODUCED_ALONE: usize = 1000;
+const NODE_ALONE_ABOVE: usize = 1000;
 
 impl Subscriber {
     fn held_names(&self) -> usize {
@@ -133,7 +133,7 @@ impl Subscriber {
         let Some(name) = interest.names.take(name) else { return };
         if !interest.wildcard {
             interest.held.remove(&name);
-            interest.unheld.remove(&name);
+            interest.not_held.remove(&name);
             self.changes.insert((kind, name.clone()));
         }
         if interest.asked && !interest.subscribe.remove(&name) {
@@ -166,17 +166,17 @@ impl Subscriber {
         if !self.connected {
             return None;
         }
-        if !self.introduced && self.held_names() > INTRODUCED_ALONE {
+        if !self.introduced && self.held_names() > NODE_ALONE_ABOVE {
             // A server limits the requests of clients that it has not admitted, so a client with a long list of
             // versions first sends only its node.
             self.introduced = true;
             return Some(DeltaDiscoveryRequest {
                 node: Some(self.node.clone()),
-                type_url: INTRODUCTION.to_owned(),
+                type_url: NODE_TYPE_URL.to_owned(),
                 ..DeltaDiscoveryRequest::default()
             });
         }
-        let asked = Kind::ALL.into_iter().find_map(|kind| self.interests[kind].ask(kind));
+        let asked = Kind::ALL.into_iter().find_map(|kind| self.interests[kind].next_request(kind));
         let mut request = asked.or_else(|| self.answers.pop_front())?;
         if !std::mem::replace(&mut self.introduced, true) {
             request.node = Some(self.node.clone());
@@ -189,7 +189,7 @@ impl Subscriber {
     pub fn on_response(&mut self, response: DeltaDiscoveryResponse) -> Option<Update> {
         let DeltaDiscoveryResponse { type_url, nonce, resources, removed_resources, .. } = response;
         let Some(kind) = Kind::from_type_url(&type_url) else {
-            self.answers.push_back(refusal(type_url, nonce, "nobody asked for this type"));
+            self.answers.push_back(nack(type_url, nonce, "nobody asked for this type"));
             return None;
         };
         let mut update = Update {
@@ -207,10 +207,10 @@ impl Subscriber {
         let interest = &mut self.interests[kind];
         for resource in &update.resources {
             if interest.held.get(resource.name()).is_none_or(|held| held != resource) {
-                interest.unheld.insert(resource.name().clone());
+                interest.not_held.insert(resource.name().clone());
             }
         }
-        update.removed.iter().for_each(|name| _ = interest.unheld.remove(name));
+        update.removed.iter().for_each(|name| _ = interest.not_held.remove(name));
         Some(update)
     }
 
@@ -224,20 +224,20 @@ impl Subscriber {
     /// ACKs a response, unless its stream has ended.
     pub fn acknowledge(&mut self, ticket: Ticket) {
         if ticket.stream == self.stream && self.connected {
-            self.answers.push_back(answer(ticket.kind.type_url().to_owned(), ticket.nonce));
+            self.answers.push_back(ack(ticket.kind.type_url().to_owned(), ticket.nonce));
         }
     }
 
     /// Rejects a response (NACK), unless its stream has ended.
     pub fn reject(&mut self, ticket: Ticket, reason: &str) {
-        self.reject_some(ticket, reason, None);
+        self.reject_with_refusals(ticket, reason, None);
     }
 
     /// Rejects a response (NACK) and lists the refused resources in the details of the error, for a server that
     /// reads them.
-    pub fn reject_some(&mut self, ticket: Ticket, reason: &str, refusals: Option<&agent::Refusals>) {
+    pub fn reject_with_refusals(&mut self, ticket: Ticket, reason: &str, refusals: Option<&agent::Refusals>) {
         if ticket.stream == self.stream && self.connected {
-            let mut answer = refusal(ticket.kind.type_url().to_owned(), ticket.nonce, reason);
+            let mut answer = nack(ticket.kind.type_url().to_owned(), ticket.nonce, reason);
             if let Some(error) = &mut answer.error_detail {
                 error.details.extend(refusals.map(vmesh_proto::any));
             }
@@ -248,14 +248,14 @@ impl Subscriber {
     /// Holds a resource, or a tombstone that states that the resource does not exist.
     pub fn hold(&mut self, resource: Arc<Resource>) {
         let interest = &mut self.interests[resource.kind()];
-        interest.unheld.remove(resource.name());
+        interest.not_held.remove(resource.name());
         self.changes.insert((resource.kind(), resource.name().clone()));
         interest.held.insert(resource.name().clone(), resource);
     }
 
     pub fn forget(&mut self, kind: Kind, name: &str) {
         let interest = &mut self.interests[kind];
-        interest.unheld.remove(name);
+        interest.not_held.remove(name);
         if let Some((name, _)) = interest.held.remove_entry(name) {
             self.changes.insert((kind, name));
         }
@@ -282,7 +282,7 @@ impl Subscriber {
 }
 
 impl Interest {
-    fn ask(&mut self, kind: Kind) -> Option<DeltaDiscoveryRequest> {
+    fn next_request(&mut self, kind: Kind) -> Option<DeltaDiscoveryRequest> {
         let mut request = DeltaDiscoveryRequest {
             type_url: kind.type_url().to_owned(),
             ..DeltaDiscoveryRequest::default()
@@ -300,8 +300,8 @@ impl Interest {
             let held = held.map(|resource| (resource.name().to_string(), resource.version().to_owned()));
             // The server may have removed a received but never held resource meanwhile. Listing it with an
             // empty version, which no server uses, makes the server answer for it.
-            let unheld = self.unheld.iter().map(|name| (name.to_string(), String::new()));
-            request.initial_resource_versions = held.chain(unheld).collect();
+            let not_held = self.not_held.iter().map(|name| (name.to_string(), String::new()));
+            request.initial_resource_versions = held.chain(not_held).collect();
             return Some(request);
         }
         if self.subscribe.is_empty() && self.unsubscribe.is_empty() {
@@ -316,11 +316,11 @@ impl Interest {
     }
 }
 
-fn answer(type_url: String, response_nonce: String) -> DeltaDiscoveryRequest {
+fn ack(type_url: String, response_nonce: String) -> DeltaDiscoveryRequest {
     DeltaDiscoveryRequest { type_url, response_nonce, ..DeltaDiscoveryRequest::default() }
 }
 
-fn refusal(type_url: String, nonce: String, reason: &str) -> DeltaDiscoveryRequest {
+fn nack(type_url: String, nonce: String, reason: &str) -> DeltaDiscoveryRequest {
     let error = rpc::Status { code: 3, message: reason.to_owned(), ..rpc::Status::default() };
-    DeltaDiscoveryRequest { error_detail: Some(error), ..answer(type_url, nonce) }
+    DeltaDiscoveryRequest { error_detail: Some(error), ..ack(type_url, nonce) }
 }

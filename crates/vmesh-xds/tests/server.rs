@@ -16,59 +16,59 @@ use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use vmesh_xds::client::{AdsStream, BenchClient};
 use vmesh_xds::server::{
-    Admission, Admitted, AdsService, Bounded, Counters, FeedControl, Hub, Observer, PeerInfo, Refusal,
-    serve_bounded,
+    Admission, Admitted, AdsService, ConnectionLimits, Counters, FeedControl, Hub, Observer, PeerInfo, Refusal,
+    serve_connections,
 };
 use vmesh_xds::{Failure, Group, Kind, Resource, Scope, SessionStatus, State, Store};
 
 /// An admission that rejects the node `stranger`, and every node while it is `unready`.
-struct Control {
+struct TestAdmission {
     hub: Hub,
-    seen: Arc<Mutex<Seen>>,
+    admission: Arc<Mutex<AdmissionState>>,
     status: watch::Sender<Option<SessionStatus>>,
 }
 
 #[derive(Default)]
-struct Seen {
+struct AdmissionState {
     unready: bool,
     peer: Option<PeerInfo>,
     control: Option<FeedControl>,
 }
 
-struct Watcher(watch::Sender<Option<SessionStatus>>);
+struct StatusObserver(watch::Sender<Option<SessionStatus>>);
 
-impl Observer for Watcher {
+impl Observer for StatusObserver {
     fn on_status(&mut self, status: &SessionStatus) {
         self.0.send_replace(Some(status.clone()));
     }
 }
 
-impl Drop for Watcher {
+impl Drop for StatusObserver {
     fn drop(&mut self) {
         self.0.send_replace(None);
     }
 }
 
-impl Admission for Control {
+impl Admission for TestAdmission {
     fn admit(&self, node: &Node, peer: &PeerInfo) -> Result<Admitted, Refusal> {
-        let mut seen = self.seen.lock().unwrap();
-        if seen.unready {
+        let mut admission = self.admission.lock().unwrap();
+        if admission.unready {
             return Err(Refusal::NotReady("no registry has answered yet".into()));
         }
         if node.id == "stranger" {
             return Err(Refusal::Invalid("there is no node `stranger`: 100 % sure".into()));
         }
         let feed = self.hub.subscribe("class", Arc::new(Scope::all()));
-        seen.peer = Some(peer.clone());
-        seen.control = Some(feed.control());
-        Ok(Admitted { feed, observer: Box::new(Watcher(self.status.clone())) })
+        admission.peer = Some(peer.clone());
+        admission.control = Some(feed.control());
+        Ok(Admitted { feed, observer: Box::new(StatusObserver(self.status.clone())) })
     }
 }
 
 struct Server {
     hub: Hub,
     counters: Arc<Counters>,
-    seen: Arc<Mutex<Seen>>,
+    admission: Arc<Mutex<AdmissionState>>,
     status: watch::Receiver<Option<SessionStatus>>,
     stop: Option<tokio::sync::oneshot::Sender<()>>,
     task: JoinHandle<()>,
@@ -85,28 +85,28 @@ impl Server {
     }
 
     fn on(listener: impl vmesh_xds::server::Listener + 'static, address: String, port: u16) -> Server {
-        Server::bounded(listener, address, port, Bounded::default())
+        Server::bounded(listener, address, port, ConnectionLimits::default())
     }
 
     fn bounded(
         listener: impl vmesh_xds::server::Listener + 'static,
         address: String,
         port: u16,
-        bounded: Bounded,
+        bounded: ConnectionLimits,
     ) -> Server {
         let hub = Hub::new();
-        let seen = Arc::<Mutex<Seen>>::default();
+        let admission = Arc::<Mutex<AdmissionState>>::default();
         let (sender, status) = watch::channel(None);
-        let control = Control { hub: hub.clone(), seen: seen.clone(), status: sender };
+        let control = TestAdmission { hub: hub.clone(), admission: admission.clone(), status: sender };
         let service = AdsService::new(hub.clone(), control, "vmesh test");
         let counters = service.counters().clone();
         let (stop, stopped) = tokio::sync::oneshot::channel();
         #[expect(clippy::disallowed_methods, reason = "a test owns it")]
-        let task = tokio::spawn(serve_bounded(listener, service, bounded, async move { _ = stopped.await }));
+        let task = tokio::spawn(serve_connections(listener, service, bounded, async move { _ = stopped.await }));
         let mut server = Server {
             hub,
             counters,
-            seen,
+            admission,
             status,
             stop: Some(stop),
             task,
@@ -114,12 +114,12 @@ impl Server {
             port,
             store: Store::default(),
         };
-        server.has("orders", 1);
+        server.publish("orders", 1);
         server
     }
 
     /// Publishes a cluster of this name and size.
-    fn has(&mut self, name: &str, size: usize) {
+    fn publish(&mut self, name: &str, size: usize) {
         let cluster = Cluster { name: name.into(), alt_stat_name: "x".repeat(size), ..Cluster::default() };
         let group = Group::new(name, [Resource::new(Kind::Cluster, name, &cluster)]);
         self.store = self.store.apply([(name.into(), Some(group))]);
@@ -162,7 +162,7 @@ async fn end_of(stream: &mut AdsStream) -> Failure {
 #[tokio::test]
 async fn a_response_that_no_server_of_a_mesh_sends_is_not_read_into_memory() {
     let mut server = Server::start().await;
-    server.has("huge", 17 << 20);
+    server.publish("huge", 17 << 20);
     let mut envoy = server.connect().await;
     envoy.send(&request(Kind::Cluster, "web-1")).await.unwrap();
     let failure = end_of(&mut envoy).await;
@@ -172,7 +172,7 @@ async fn a_response_that_no_server_of_a_mesh_sends_is_not_read_into_memory() {
 #[tokio::test]
 async fn a_client_follows_the_server_over_tcp() {
     let mut server = Server::start().await;
-    server.has("large", 3_000_000);
+    server.publish("large", 3_000_000);
     let mut envoy = server.connect().await;
     envoy.send(&request(Kind::Cluster, "web-1")).await.unwrap();
     let mut names = Vec::new();
@@ -189,7 +189,7 @@ async fn a_client_follows_the_server_over_tcp() {
     assert_eq!(names, ["large", "orders"]);
     server.wait_for_status(|status| status.as_ref().is_some_and(|status| status.generation_acked == 2)).await;
 
-    server.has("orders", 2);
+    server.publish("orders", 2);
     let response = within(envoy.next()).await.unwrap();
     assert_eq!(response.resources.len(), 1);
     let mut nack = ack(&response);
@@ -198,7 +198,7 @@ async fn a_client_follows_the_server_over_tcp() {
     envoy.send(&nack).await.unwrap();
     let rejected = State::Rejected { reason: "cluster orders: orders: no".into() };
     server.wait_for_status(|status| status.as_ref().is_some_and(|status| status.state == rejected)).await;
-    assert!(server.seen.lock().unwrap().peer.as_ref().unwrap().address.is_some());
+    assert!(server.admission.lock().unwrap().peer.as_ref().unwrap().address.is_some());
 
     assert_eq!(server.counters.streams.load(Relaxed), 1);
     drop(envoy);
@@ -217,20 +217,20 @@ async fn a_client_follows_the_server_over_a_unix_socket() {
     let mut envoy = server.connect().await;
     envoy.send(&request(Kind::Cluster, "web-1")).await.unwrap();
     assert_eq!(within(envoy.next()).await.unwrap().resources[0].name, "orders");
-    assert!(server.seen.lock().unwrap().peer.as_ref().unwrap().uid.is_some());
+    assert!(server.admission.lock().unwrap().peer.as_ref().unwrap().uid.is_some());
     std::fs::remove_file(&path).unwrap();
 }
 
 #[tokio::test]
 async fn a_connected_client_sees_its_scope_change() {
     let mut server = Server::start().await;
-    server.has("payments", 1);
+    server.publish("payments", 1);
     let mut envoy = server.connect().await;
     envoy.send(&request(Kind::Cluster, "web-1")).await.unwrap();
     let response = within(envoy.next()).await.unwrap();
     assert_eq!(response.resources.len(), 2);
     envoy.send(&ack(&response)).await.unwrap();
-    let control = server.seen.lock().unwrap().control.clone().unwrap();
+    let control = server.admission.lock().unwrap().control.clone().unwrap();
     control.set_scope("class", Arc::new(Scope::named(["orders"])));
     assert_eq!(within(envoy.next()).await.unwrap().removed_resources, ["payments"]);
 }
@@ -238,13 +238,13 @@ async fn a_connected_client_sees_its_scope_change() {
 #[tokio::test]
 async fn a_client_that_may_not_come_in_is_told_why() {
     let server = Server::start().await;
-    server.seen.lock().unwrap().unready = true;
+    server.admission.lock().unwrap().unready = true;
     let mut envoy = server.connect().await;
     envoy.send(&request(Kind::Cluster, "web-1")).await.unwrap();
     let end = end_of(&mut envoy).await;
     assert_eq!((end.code, &*end.message), (Code::Unavailable, "no registry has answered yet"));
 
-    server.seen.lock().unwrap().unready = false;
+    server.admission.lock().unwrap().unready = false;
     let mut envoy = server.connect().await;
     envoy.send(&request(Kind::Cluster, "stranger")).await.unwrap();
     let end = end_of(&mut envoy).await;
@@ -442,7 +442,7 @@ async fn connections_that_show_nothing_are_closed_and_keep_nobody_out() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     let limits = Limits { total: 40, per_origin: 40, pending: 20 };
-    let bounded = Bounded { gate: Gate::new(limits), max_age: None };
+    let bounded = ConnectionLimits { gate: Gate::new(limits), max_age: None };
     let server = Server::bounded(listener, format!("http://127.0.0.1:{port}"), port, bounded.clone());
     let mut silent = Vec::new();
     for i in 0..200 {
@@ -474,7 +474,7 @@ async fn one_address_does_not_take_every_place() {
     let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     let limits = Limits { total: 40, per_origin: 3, pending: 20 };
-    let bounded = Bounded { gate: Gate::new(limits), max_age: None };
+    let bounded = ConnectionLimits { gate: Gate::new(limits), max_age: None };
     let server = Server::bounded(listener, format!("http://127.0.0.1:{port}"), port, bounded);
     let mut admitted = Vec::new();
     for _ in 0..3 {
@@ -500,7 +500,7 @@ async fn one_address_does_not_take_every_place() {
 async fn a_connection_of_its_maximum_age_takes_leave_of_its_client() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
-    let bounded = Bounded { max_age: Some(Duration::from_millis(100)), ..Bounded::default() };
+    let bounded = ConnectionLimits { max_age: Some(Duration::from_millis(100)), ..ConnectionLimits::default() };
     let server = Server::bounded(listener, format!("http://127.0.0.1:{port}"), port, bounded);
     let mut envoy = server.connect().await;
     envoy.send(&request(Kind::Cluster, "web-1")).await.unwrap();
@@ -580,7 +580,7 @@ async fn a_server_that_stops_takes_leave_of_its_clients() {
 async fn one_change_is_encoded_once_for_a_hundred_clients() {
     let mut server = Server::start().await;
     for i in 0..20 {
-        server.has(&format!("service-{i}"), 100);
+        server.publish(&format!("service-{i}"), 100);
     }
     let mut clients = Vec::new();
     for i in 0..100 {
@@ -594,7 +594,7 @@ async fn one_change_is_encoded_once_for_a_hundred_clients() {
         clients.push(client);
     }
     let encodings = vmesh_xds::encodings();
-    server.has("service-7", 200);
+    server.publish("service-7", 200);
     for client in &mut clients {
         assert_eq!(within(client.next()).await.unwrap().resources, ["service-7"]);
         assert_eq!(within(client.next()).await.unwrap().kind, Some(Kind::Endpoint), "R46");

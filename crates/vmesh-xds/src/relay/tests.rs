@@ -13,10 +13,10 @@ struct Chain {
     relay: Relay,
     envoy: Option<(ClientId, Session, bool)>,
     /// Returns the error with which Envoy rejects a response, if any. `None`: Envoy does not answer for now.
-    temper: Option<fn(&str) -> Option<String>>,
+    verdict: Option<fn(&str) -> Option<String>>,
     unanswered: Vec<(Kind, String, String)>,
     /// The endpoints and routes that Envoy subscribed to because of its clusters and listeners.
-    followed: BTreeSet<(Kind, String)>,
+    dependencies: BTreeSet<(Kind, String)>,
     /// The resources that Envoy has.
     view: BTreeMap<(Kind, String), String>,
     /// The responses that Envoy received, and those that the control plane sent.
@@ -24,11 +24,11 @@ struct Chain {
     relay_got: Vec<String>,
 }
 
-fn takes_all(_: &str) -> Option<String> {
+fn accepts_all(_: &str) -> Option<String> {
     None
 }
 
-fn refuses_bad(response: &str) -> Option<String> {
+fn rejects_bad(response: &str) -> Option<String> {
     let bad = response.split(' ').filter_map(|word| word.strip_suffix("=bad"));
     let bad: Vec<_> = bad.map(|name| format!("{name}: this is bad")).collect();
     (!bad.is_empty()).then(|| bad.join(", "))
@@ -54,9 +54,9 @@ impl Chain {
             control: None,
             relay,
             envoy: None,
-            temper: Some(takes_all),
+            verdict: Some(accepts_all),
             unanswered: Vec::new(),
-            followed: BTreeSet::new(),
+            dependencies: BTreeSet::new(),
             view: BTreeMap::new(),
             envoy_got: Vec::new(),
             relay_got: Vec::new(),
@@ -71,7 +71,7 @@ impl Chain {
         for word in world.split_whitespace() {
             match word.split_once('=') {
                 Some((name, content)) => {
-                    _ = groups.insert(key(kind, name), present(resource(kind, name, content)).1)
+                    _ = groups.insert(group_key(kind, name), upsert(resource(kind, name, content)).1)
                 }
                 None => kind = Kind::ALL.into_iter().find(|kind| kind.to_string() == word).unwrap(),
             }
@@ -98,14 +98,14 @@ impl Chain {
     /// with the names of the listeners.
     fn envoy_starts(&mut self) {
         self.envoy_connects();
-        self.ask(Cluster, &[]);
+        self.subscribe(Cluster, &[]);
     }
 
     fn envoy_connects(&mut self) {
         let mut session = Session::delta("agent");
         session.record_events();
         self.envoy = Some((self.relay.on_client_connected(), session, false));
-        self.followed.clear();
+        self.dependencies.clear();
         self.view.clear();
         self.run();
     }
@@ -117,10 +117,10 @@ impl Chain {
         self.run();
     }
 
-    fn ask(&mut self, kind: Kind, names: &[&str]) {
+    fn subscribe(&mut self, kind: Kind, names: &[&str]) {
         let names: Vec<String> = names.iter().map(|name| name.to_string()).collect();
         let (plus, minus) = names.into_iter().partition(|name| !name.starts_with('-'));
-        self.say(DeltaDiscoveryRequest {
+        self.send_request(DeltaDiscoveryRequest {
             type_url: kind.type_url().into(),
             resource_names_subscribe: plus,
             resource_names_unsubscribe: minus.iter().map(|name: &String| name[1..].into()).collect(),
@@ -128,7 +128,7 @@ impl Chain {
         });
     }
 
-    fn say(&mut self, mut request: DeltaDiscoveryRequest) {
+    fn send_request(&mut self, mut request: DeltaDiscoveryRequest) {
         let Some((_, session, introduced)) = &mut self.envoy else { return };
         if !std::mem::replace(introduced, true) {
             request.node = Some(node());
@@ -152,7 +152,7 @@ impl Chain {
                 }
                 while let Some(response) = control.poll_response(self.now) {
                     let response = decoded(response);
-                    self.relay_got.push(text(&response));
+                    self.relay_got.push(printed(&response));
                     self.relay.on_response(response);
                     busy = true;
                 }
@@ -165,7 +165,7 @@ impl Chain {
                 }
                 while let Some(response) = session.poll_response(self.now) {
                     let (kind, response) = (response.kind, decoded(response));
-                    for word in text(&response).split(' ').skip(1) {
+                    for word in printed(&response).split(' ').skip(1) {
                         match word.split_once('=') {
                             Some((_, "bad")) => {}
                             Some((name, content)) => {
@@ -174,8 +174,8 @@ impl Chain {
                             None => _ = self.view.remove(&(kind, word[1..].to_owned())),
                         }
                     }
-                    self.envoy_got.push(text(&response));
-                    self.unanswered.push((kind, response.nonce.clone(), text(&response)));
+                    self.envoy_got.push(printed(&response));
+                    self.unanswered.push((kind, response.nonce.clone(), printed(&response)));
                     busy = true;
                 }
             }
@@ -187,7 +187,7 @@ impl Chain {
     }
 
     fn envoy_answers(&mut self) -> bool {
-        let Some(temper) = self.temper else { return false };
+        let Some(verdict) = self.verdict else { return false };
         let Some((_, session, _)) = &mut self.envoy else { return false };
         let busy = !self.unanswered.is_empty();
         for (kind, nonce, response) in std::mem::take(&mut self.unanswered) {
@@ -210,10 +210,10 @@ impl Chain {
             if let Some(follow) = follow {
                 let mut resource_names_subscribe =
                     names(|word| !word.starts_with('-') && !word.ends_with("=bad"));
-                resource_names_subscribe.retain(|name| self.followed.insert((follow, name.clone())));
+                resource_names_subscribe.retain(|name| self.dependencies.insert((follow, name.clone())));
                 let resource_names_unsubscribe = names(|word| word.starts_with('-'));
                 for name in &resource_names_unsubscribe {
-                    self.followed.remove(&(follow, name.clone()));
+                    self.dependencies.remove(&(follow, name.clone()));
                     self.view.remove(&(follow, name.clone()));
                 }
                 session
@@ -227,7 +227,7 @@ impl Chain {
                     )
                     .unwrap();
             }
-            let error = temper(&response)
+            let error = verdict(&response)
                 .map(|message| vmesh_proto::google::rpc::Status { message, ..Default::default() });
             let answer =
                 DeltaDiscoveryRequest { response_nonce: nonce, error_detail: error, ..request(kind) };
@@ -269,9 +269,9 @@ impl Chain {
         Chain::with(Relay::restore(node(), self.relay.accepted().cloned().collect::<Vec<_>>()), world)
     }
 
-    fn step(&mut self, step: &Step) {
+    fn step(&mut self, step: &ChainStep) {
         match step {
-            Step::World(contents) => {
+            ChainStep::World(contents) => {
                 let mut world = String::new();
                 for (kind, contents) in [Cluster, Endpoint, Listener, Route].into_iter().zip(contents) {
                     world += &format!("{kind} ");
@@ -286,21 +286,21 @@ impl Chain {
                 }
                 self.control_has(&world);
             }
-            Step::ControlStarts => self.control_starts(),
-            Step::ControlDies => self.control_dies(),
-            Step::EnvoyStarts if self.envoy.is_none() => self.envoy_starts(),
-            Step::EnvoyDies if self.envoy.is_some() => self.envoy_dies(),
-            Step::EnvoyStarts | Step::EnvoyDies => {}
-            Step::EnvoyAnswers(answers) => {
-                self.temper = answers.then_some(refuses_bad);
+            ChainStep::ControlStarts => self.control_starts(),
+            ChainStep::ControlDies => self.control_dies(),
+            ChainStep::EnvoyStarts if self.envoy.is_none() => self.envoy_starts(),
+            ChainStep::EnvoyDies if self.envoy.is_some() => self.envoy_dies(),
+            ChainStep::EnvoyStarts | ChainStep::EnvoyDies => {}
+            ChainStep::EnvoyAnswers(answers) => {
+                self.verdict = answers.then_some(rejects_bad);
                 self.run();
             }
-            Step::AgentRestarts => {
-                self.step(&Step::EnvoyDies);
+            ChainStep::AgentRestarts => {
+                self.step(&ChainStep::EnvoyDies);
                 self.control = None;
                 self.relay = Relay::restore(node(), self.relay.accepted().cloned().collect::<Vec<_>>());
             }
-            Step::Wait => {
+            ChainStep::Wait => {
                 self.now += Duration::from_secs(31);
                 self.run();
             }
@@ -308,8 +308,8 @@ impl Chain {
     }
 
     fn settle(&mut self) {
-        self.step(&Step::EnvoyAnswers(true));
-        self.step(&Step::EnvoyStarts);
+        self.step(&ChainStep::EnvoyAnswers(true));
+        self.step(&ChainStep::EnvoyStarts);
         if self.control.is_none() {
             self.control_starts();
         }
@@ -358,15 +358,15 @@ impl Chain {
             view.map(|((kind, name), content)| format!("{kind} {name}={content}")).collect::<Vec<_>>()
         };
         let before = served(self);
-        self.step(&Step::AgentRestarts);
-        self.step(&Step::EnvoyStarts);
-        self.step(&Step::Wait);
+        self.step(&ChainStep::AgentRestarts);
+        self.step(&ChainStep::EnvoyStarts);
+        self.step(&ChainStep::Wait);
         assert_eq!(served(self), before);
     }
 }
 
 #[derive(Clone, Debug)]
-enum Step {
+enum ChainStep {
     /// The clusters, endpoints, listeners and routes with the names `a` and `b`; 0 stands for no resource, 3
     /// for a bad one.
     World([[u8; 2]; 4]),
@@ -379,24 +379,24 @@ enum Step {
     Wait,
 }
 
-fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let world = prop::array::uniform4(prop::array::uniform2(0u8..=3)).prop_map(Step::World);
+fn steps() -> impl Strategy<Value = Vec<ChainStep>> {
+    let world = prop::array::uniform4(prop::array::uniform2(0u8..=3)).prop_map(ChainStep::World);
     prop::collection::vec(
         prop_oneof![
             4 => world,
-            2 => Just(Step::ControlStarts),
-            1 => Just(Step::ControlDies),
-            2 => Just(Step::EnvoyStarts),
-            1 => Just(Step::EnvoyDies),
-            2 => any::<bool>().prop_map(Step::EnvoyAnswers),
-            1 => Just(Step::AgentRestarts),
-            1 => Just(Step::Wait),
+            2 => Just(ChainStep::ControlStarts),
+            1 => Just(ChainStep::ControlDies),
+            2 => Just(ChainStep::EnvoyStarts),
+            1 => Just(ChainStep::EnvoyDies),
+            2 => any::<bool>().prop_map(ChainStep::EnvoyAnswers),
+            1 => Just(ChainStep::AgentRestarts),
+            1 => Just(ChainStep::Wait),
         ],
         1..25,
     )
 }
 
-fn refuses_in_use(response: &str) -> Option<String> {
+fn rejects_missing_address(response: &str) -> Option<String> {
     let bad = response.split(' ').filter_map(|word| word.strip_suffix("=bad"));
     let bad: Vec<_> = bad
         .map(|name| format!("{name}: cannot bind '10.99.0.1:9002': Cannot assign requested address"))
@@ -404,7 +404,7 @@ fn refuses_in_use(response: &str) -> Option<String> {
     (!bad.is_empty()).then(|| bad.join(", "))
 }
 
-fn keeps_all(response: &str) -> Option<String> {
+fn rejects_removals(response: &str) -> Option<String> {
     response.contains(" -").then(|| "fewer than the minimum".to_owned())
 }
 
@@ -412,7 +412,7 @@ fn keeps_all(response: &str) -> Option<String> {
 fn what_the_host_does_not_let_envoy_do_is_tried_again_and_told_when_it_works() {
     let mut chain = Chain::new("listener l=bad");
     chain.control_starts();
-    chain.temper = Some(refuses_in_use);
+    chain.verdict = Some(rejects_missing_address);
     chain.envoy_starts();
     assert!(matches!(chain.control_state(), State::Rejected { .. }));
     chain.envoy_got();
@@ -420,20 +420,20 @@ fn what_the_host_does_not_let_envoy_do_is_tried_again_and_told_when_it_works() {
     let mut tries = 0;
     for _ in 0..600 {
         now += Duration::from_secs(1);
-        chain.relay.on_time(now);
+        chain.relay.on_timeout(now);
         chain.run();
         tries += chain.envoy_got().matches("l=bad").count();
     }
     assert!((8..20).contains(&tries), "{tries} in ten minutes");
     assert!(!chain.relay.take_recovered());
     // The missing address appears.
-    chain.temper = Some(takes_all);
+    chain.verdict = Some(accepts_all);
     while !chain.envoy_got().contains("l=bad") {
         now += Duration::from_secs(1);
-        chain.relay.on_time(now);
+        chain.relay.on_timeout(now);
         chain.run();
     }
-    assert_eq!(chain.relay.refused().count(), 0);
+    assert_eq!(chain.relay.rejections().count(), 0);
     assert!(chain.relay.take_recovered() && !chain.relay.take_recovered());
     assert!(chain.accepted().contains("l=bad"));
     chain.control_dies();
@@ -441,26 +441,26 @@ fn what_the_host_does_not_let_envoy_do_is_tried_again_and_told_when_it_works() {
     chain.control_starts();
     assert_eq!(*chain.control_state(), State::Synced);
     assert!(!chain.relay_got().contains("l=bad"), "it is the same");
-    assert_eq!(chain.relay.on_time(now + Duration::from_secs(3600)), None);
+    assert_eq!(chain.relay.on_timeout(now + Duration::from_secs(3600)), None);
 }
 
 #[test]
 fn what_one_envoy_refused_another_is_asked() {
     let mut chain = Chain::new("cluster a=bad endpoints a=1");
     chain.control_starts();
-    chain.temper = Some(refuses_bad);
+    chain.verdict = Some(rejects_bad);
     chain.envoy_starts();
-    assert_eq!(chain.relay.refused().count(), 1);
+    assert_eq!(chain.relay.rejections().count(), 1);
     chain.envoy_dies();
-    chain.temper = Some(takes_all);
+    chain.verdict = Some(accepts_all);
     chain.envoy_starts();
-    assert_eq!(chain.relay.refused().count(), 0);
+    assert_eq!(chain.relay.rejections().count(), 0);
     assert!(chain.relay.take_recovered());
     assert!(chain.accepted().contains("a=bad"));
     // A second Envoy that rejects the resource too gets it once, not with every change.
     let mut chain = Chain::new("cluster a=bad b=1");
     chain.control_starts();
-    chain.temper = Some(refuses_bad);
+    chain.verdict = Some(rejects_bad);
     chain.envoy_starts();
     chain.envoy_dies();
     chain.envoy_got();
@@ -473,7 +473,7 @@ fn what_one_envoy_refused_another_is_asked() {
 fn r31_an_envoy_after_one_that_refused_its_first_endpoints_is_answered() {
     let mut chain = Chain::new("cluster a=1 endpoints a=bad");
     chain.control_starts();
-    chain.temper = Some(refuses_bad);
+    chain.verdict = Some(rejects_bad);
     chain.envoy_starts();
     chain.envoy_dies();
     chain.envoy_got();
@@ -481,8 +481,8 @@ fn r31_an_envoy_after_one_that_refused_its_first_endpoints_is_answered() {
     let got = chain.envoy_got();
     assert!(got.contains("endpoints a=bad") || got.contains("endpoints a="), "{got}");
     // The same Envoy gets the cluster again and repeats its subscription.
-    chain.ask(Endpoint, &["-a"]);
-    chain.ask(Endpoint, &["a"]);
+    chain.subscribe(Endpoint, &["-a"]);
+    chain.subscribe(Endpoint, &["a"]);
     assert!(chain.envoy_got().contains("endpoints a="), "no answer");
 }
 
@@ -491,7 +491,7 @@ fn a_removal_that_envoy_refuses_is_sent_once_and_told_and_ends_with_that_envoy()
     let mut chain = Chain::new("cluster a=1 b=1");
     chain.control_starts();
     chain.envoy_starts();
-    chain.temper = Some(keeps_all);
+    chain.verdict = Some(rejects_removals);
     chain.envoy_got();
     chain.relay_got();
     chain.control_has("cluster b=1");
@@ -503,7 +503,7 @@ fn a_removal_that_envoy_refuses_is_sent_once_and_told_and_ends_with_that_envoy()
     // The rejection is reported on the next stream too, without another attempt at Envoy.
     chain.control_dies();
     chain.control_starts();
-    chain.step(&Step::Wait);
+    chain.step(&ChainStep::Wait);
     assert_eq!(chain.envoy_got(), "");
     assert!(matches!(chain.control_state(), State::Rejected { .. }));
     chain.envoy_dies();
@@ -517,7 +517,7 @@ proptest! {
     #[test]
     fn envoy_ends_up_with_what_the_control_plane_has_whatever_happens(steps in steps()) {
         let mut chain = Chain::new("");
-        chain.temper = Some(refuses_bad);
+        chain.verdict = Some(rejects_bad);
         steps.iter().for_each(|step| chain.step(step));
         chain.settle();
         chain.assert_converged();
@@ -532,7 +532,7 @@ fn decoded(response: crate::Response) -> DeltaDiscoveryResponse {
     DeltaDiscoveryResponse::decode(&response.into_frames().concat()[5..]).unwrap()
 }
 
-fn text(response: &DeltaDiscoveryResponse) -> String {
+fn printed(response: &DeltaDiscoveryResponse) -> String {
     let mut words = vec![Kind::from_type_url(&response.type_url).unwrap().to_string()];
     words.extend(response.resources.iter().map(|resource| {
         let value = &resource.resource.as_ref().unwrap().value;
@@ -581,11 +581,11 @@ fn nothing_is_acked_before_envoy_has_acked_it() {
     assert_eq!(chain.relay_got(), "cluster a=1");
     assert_eq!(*chain.control_state(), State::Pushing, "no Envoy is there");
     assert_eq!(chain.accepted(), "-*");
-    chain.temper = None;
+    chain.verdict = None;
     chain.envoy_starts();
     assert_eq!(chain.envoy_got(), "cluster a=1");
     assert_eq!(*chain.control_state(), State::Pushing);
-    chain.temper = Some(takes_all);
+    chain.verdict = Some(accepts_all);
     chain.run();
     assert_eq!(*chain.control_state(), State::Synced);
     assert_eq!(chain.accepted(), accepted_all());
@@ -594,14 +594,14 @@ fn nothing_is_acked_before_envoy_has_acked_it() {
 #[test]
 fn what_envoy_refuses_is_refused_in_its_own_words_and_the_last_good_one_stays() {
     let mut chain = Chain::new(WORLD);
-    chain.temper = Some(refuses_bad);
+    chain.verdict = Some(rejects_bad);
     chain.control_starts();
     chain.envoy_starts();
     chain.envoy_got();
     chain.control_has("cluster a=bad b=1 endpoints a=1 b=1 listener l=1 route l=1");
     assert_eq!(*chain.control_state(), State::Rejected { reason: "cluster a: a: this is bad".into() });
     assert_eq!(chain.accepted(), "-* a=1 b=1 a=1 b=1 -* l=1 l=1");
-    assert_eq!(chain.relay.refused().count(), 1);
+    assert_eq!(chain.relay.rejections().count(), 1);
 
     // Another Envoy gets the rejected resource once and then the good one. Another control plane learns of the
     // rejection at once.
@@ -618,7 +618,7 @@ fn what_envoy_refuses_is_refused_in_its_own_words_and_the_last_good_one_stays() 
 
     chain.control_has("cluster a=3 b=1 endpoints a=1 b=1 listener l=1 route l=1");
     assert_eq!(*chain.control_state(), State::Synced);
-    assert_eq!(chain.relay.refused().count(), 0);
+    assert_eq!(chain.relay.rejections().count(), 0);
 }
 
 #[test]
@@ -632,7 +632,7 @@ fn what_a_later_envoy_refuses_of_what_an_earlier_one_took_is_not_in_force_until_
 
     // The next Envoy has another version, or the host has lost IPv6.
     chain.envoy_dies();
-    chain.temper = Some(refuses_bad);
+    chain.verdict = Some(rejects_bad);
     let before = chain.relay.accepted_revision();
     chain.envoy_starts();
     assert_eq!(in_force(&chain), [false, true]);
@@ -642,7 +642,7 @@ fn what_a_later_envoy_refuses_of_what_an_earlier_one_took_is_not_in_force_until_
     assert!(chain.accepted().contains("l=bad"), "{}", chain.accepted());
 
     chain.envoy_dies();
-    chain.temper = Some(takes_all);
+    chain.verdict = Some(accepts_all);
     chain.envoy_starts();
     assert_eq!(in_force(&chain), [true, true]);
     assert!(chain.relay.take_changes().contains(&(Listener, "l".into())));
@@ -651,7 +651,7 @@ fn what_a_later_envoy_refuses_of_what_an_earlier_one_took_is_not_in_force_until_
 #[test]
 fn what_was_never_good_is_not_accepted() {
     let mut chain = Chain::new("cluster a=bad");
-    chain.temper = Some(refuses_bad);
+    chain.verdict = Some(rejects_bad);
     chain.control_starts();
     chain.envoy_starts();
     assert!(matches!(chain.control_state(), State::Rejected { .. }));
@@ -699,8 +699,8 @@ fn envoy_does_not_notice_that_the_control_plane_is_gone() {
     chain.envoy_starts();
     chain.envoy_got();
     chain.control_dies();
-    chain.ask(Endpoint, &["-a"]);
-    chain.ask(Endpoint, &["a"]);
+    chain.subscribe(Endpoint, &["-a"]);
+    chain.subscribe(Endpoint, &["a"]);
     assert_eq!(chain.envoy_got(), "endpoints a=1", "what Envoy dropped is still there");
     chain.control_starts();
     assert_eq!(chain.envoy_got(), "");
@@ -716,11 +716,11 @@ fn what_was_on_its_way_when_the_control_plane_died_is_accepted_when_envoy_acks_i
     let mut chain = Chain::new(WORLD);
     chain.control_starts();
     chain.envoy_starts();
-    chain.temper = None;
+    chain.verdict = None;
     chain.control_has("cluster a=2 endpoints a=1 listener l=1 route l=1");
     chain.control_dies();
     assert_eq!(chain.accepted(), accepted_all());
-    chain.temper = Some(takes_all);
+    chain.verdict = Some(accepts_all);
     chain.run();
     assert_eq!(chain.accepted(), "-* a=2 a=1 -* l=1 l=1");
 }
@@ -751,7 +751,7 @@ fn an_envoy_that_outlives_the_agent_is_not_sent_what_it_has() {
     for (kind, name, by_name) in
         [(Cluster, "a", false), (Endpoint, "a", true), (Listener, "l", false), (Route, "l", true)]
     {
-        chain.say(DeltaDiscoveryRequest {
+        chain.send_request(DeltaDiscoveryRequest {
             type_url: kind.type_url().into(),
             resource_names_subscribe: by_name.then(|| name.to_owned()).into_iter().collect(),
             initial_resource_versions: [version(kind, name)].into(),
@@ -772,7 +772,7 @@ fn an_envoy_that_already_has_what_is_on_its_way_counts_as_an_ack() {
     chain.control_starts();
     assert_eq!(*chain.control_state(), State::Pushing);
     chain.envoy_connects();
-    chain.say(DeltaDiscoveryRequest {
+    chain.send_request(DeltaDiscoveryRequest {
         type_url: Cluster.type_url().into(),
         initial_resource_versions: [("a".to_owned(), resource(Cluster, "a", "2").version().to_owned())]
             .into(),
@@ -787,7 +787,7 @@ fn what_only_an_earlier_envoy_asked_for_is_left_when_the_next_one_has_its_listen
     let mut chain = Chain::new("cluster a=1 endpoints a=1 listener l=1 route l=1 old=1");
     chain.control_starts();
     chain.envoy_starts();
-    chain.ask(Route, &["old"]);
+    chain.subscribe(Route, &["old"]);
     assert!(chain.accepted().contains("old=1"));
     chain.envoy_dies();
     assert!(chain.accepted().contains("old=1"));
@@ -817,10 +817,10 @@ fn a_name_that_the_control_plane_does_not_know_is_told_to_envoy() {
     chain.control_starts();
     chain.envoy_starts();
     chain.envoy_got();
-    chain.ask(Route, &["x"]);
+    chain.subscribe(Route, &["x"]);
     assert_eq!(chain.envoy_got(), "route -x");
     assert_eq!(*chain.control_state(), State::Synced);
-    chain.ask(Route, &["-x"]);
+    chain.subscribe(Route, &["-x"]);
     assert_eq!(chain.accepted(), accepted_all());
 }
 
@@ -848,7 +848,7 @@ fn a_response_that_makes_no_sense_is_refused() {
     assert!(relay.poll_request().unwrap().error_detail.unwrap().message.starts_with("x: "));
 }
 
-fn readable(resource: &Resource) -> Result<(), String> {
+fn check_local(resource: &Resource) -> Result<(), String> {
     match resource.value().ends_with(b"=bad") {
         true => Err("this is bad".to_owned()),
         false => Ok(()),
@@ -856,7 +856,7 @@ fn readable(resource: &Resource) -> Result<(), String> {
 }
 
 fn agent(mut relay: Relay, world: &str) -> Chain {
-    relay.take_local(readable);
+    relay.subscribe_local(check_local);
     Chain::with(relay, world)
 }
 
@@ -871,15 +871,15 @@ fn what_is_not_for_envoy_is_answered_by_the_relay_and_never_served() {
 
     // A client that subscribes gets an empty answer at once, with or without a control plane.
     chain.control_dies();
-    chain.ask(Local, &[]);
+    chain.subscribe(Local, &[]);
     assert_eq!(chain.envoy_got(), "local");
-    chain.ask(Local, &["a"]);
+    chain.subscribe(Local, &["a"]);
     assert_eq!(chain.envoy_got(), "local -a");
     assert_eq!(chain.accepted(), "-* a=1 a=1 -* -* a=1 b=1");
 
     // The control plane does not send these resources again to an agent that has them.
     let mut chain = chain.restart("cluster a=1 endpoints a=1 local b=2");
-    chain.relay.take_local(readable);
+    chain.relay.subscribe_local(check_local);
     chain.relay_got();
     chain.control_starts();
     assert!(chain.relay_got().contains("local b=2"));
@@ -913,7 +913,7 @@ fn what_is_accepted_is_all_there_is_once_it_was_told_and_answered_for() {
     assert!(chain.relay.has_all(Listener));
     // The relay still has all resources after a restart from the disk.
     let mut chain = chain.restart("cluster a=1");
-    chain.relay.take_local(readable);
+    chain.relay.subscribe_local(check_local);
     assert!(chain.relay.has_all(Local) && chain.relay.has_all(Listener));
 }
 
@@ -922,7 +922,7 @@ fn a_relay_that_does_not_take_it_does_not_ask_for_it() {
     let mut chain = Chain::new("cluster a=1 endpoints a=1 local a=1");
     chain.envoy_starts();
     chain.control_starts();
-    chain.ask(Local, &[]);
+    chain.subscribe(Local, &[]);
     assert_eq!(chain.accepted(), "-* a=1 a=1 -*");
     assert_eq!(*chain.control_state(), State::Synced);
     assert!(!chain.relay_got().contains("local"));

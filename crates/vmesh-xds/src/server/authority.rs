@@ -63,7 +63,7 @@ enum Field {
 #[derive(Clone, Copy)]
 enum Number {
     /// An indexed field or a table size update: the field ends with this number.
-    Whole,
+    Complete,
     /// The index of a field name; the value of the field follows.
     Name,
     Length {
@@ -119,21 +119,21 @@ impl Scanner {
         } else if self.before_block > 0 {
             self.before_block -= 1;
         } else if self.payload >= self.padding {
-            self.field = self.field.next(byte);
+            self.field = self.field.advance(byte);
         }
     }
 }
 
 impl Field {
-    fn next(self, byte: &mut u8) -> Field {
+    fn advance(self, byte: &mut u8) -> Field {
         match self {
             Field::Start => {
                 // The longer the mark at the start of a field, the fewer bits of the byte belong to the number
                 // (RFC 7541, section 6).
                 let (of, bits) = match *byte {
-                    0x80.. => (Number::Whole, 7),
+                    0x80.. => (Number::Complete, 7),
                     0x40.. => (Number::Name, 6),
-                    0x20.. => (Number::Whole, 5),
+                    0x20.. => (Number::Complete, 5),
                     _ => (Number::Name, 4),
                 };
                 Field::number(of, *byte, bits)
@@ -152,7 +152,7 @@ impl Field {
             }
             Field::Text { text, left, is_coded } => {
                 let is_authority = matches!(text, Text::Value { is_authority: true });
-                if is_authority && !is_coded && !is_of_host(*byte) {
+                if is_authority && !is_coded && !is_valid_in_host(*byte) {
                     *byte = b'-';
                 }
                 match left - 1 {
@@ -174,7 +174,7 @@ impl Field {
 
     fn after(of: Number, value: u32) -> Field {
         match of {
-            Number::Whole => Field::Start,
+            Number::Complete => Field::Start,
             Number::Name if value == 0 => Field::Length(Text::Name),
             Number::Name => Field::Length(Text::Value { is_authority: value == AUTHORITY }),
             Number::Length { text, .. } if value == 0 => Field::after_text(text),
@@ -190,7 +190,7 @@ impl Field {
     }
 }
 
-fn is_of_host(byte: u8) -> bool {
+fn is_valid_in_host(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~' | b':' | b'[' | b']')
 }
 

@@ -1,6 +1,6 @@
 use super::Admitted;
-use super::connection::{ConnectionUse, InUse};
-use super::service::{Inner, PeerInfo};
+use super::connection::{ConnectionUse, StreamGuard};
+use super::service::{ServiceShared, PeerInfo};
 use crate::grpc::{Failure, Messages};
 use crate::{Bounds, Protocol, Request, Session, SessionError, State};
 use bytes::Bytes;
@@ -22,7 +22,7 @@ use tonic::{Code, Status};
 pub struct AdsBody<B>(Option<Box<Stream<B>>>);
 
 pub(super) struct Stream<B> {
-    service: Arc<Inner>,
+    service: Arc<ServiceShared>,
     protocol: Protocol,
     requests: Messages<B>,
     peer: PeerInfo,
@@ -30,18 +30,18 @@ pub(super) struct Stream<B> {
     admitted: Option<Admitted>,
     /// The connection of the stream, if the caller of the service tracks connections.
     connection: Option<Arc<ConnectionUse>>,
-    in_use: Option<InUse>,
+    guard: Option<StreamGuard>,
     /// Fires when the connection reaches its maximum age.
     aged: Option<Pin<Box<Sleep>>>,
     /// The status that the observer was last called with.
-    told: Told,
+    reported: ReportedStatus,
     frames: VecDeque<Bytes>,
     /// The status with which the stream ends after `frames` are written.
     end: Option<Failure>,
     timer: Option<Pin<Box<Sleep>>>,
 }
 
-type Told = (State, u64, [u64; 3]);
+type ReportedStatus = (State, u64, [u64; 3]);
 
 /// The limit of requests that are read before the session may respond.
 const REQUESTS_AT_ONCE: usize = 64;
@@ -87,7 +87,7 @@ impl<B> Unpin for AdsBody<B> {}
 
 impl<B: Body> Stream<B> {
     pub(super) fn new(
-        service: Arc<Inner>,
+        service: Arc<ServiceShared>,
         protocol: Protocol,
         peer: PeerInfo,
         connection: Option<Arc<ConnectionUse>>,
@@ -100,7 +100,7 @@ impl<B: Body> Stream<B> {
         service.counters.streams.fetch_add(1, Relaxed);
         service.counters.streams_opened.fetch_add(1, Relaxed);
         let mut requests = Messages::new(body, Bounds::BEFORE_ADMISSION.bytes);
-        requests.bound(Bounds::BEFORE_ADMISSION.bytes, &service.budgets.before_admission);
+        requests.set_limits(Bounds::BEFORE_ADMISSION.bytes, &service.budgets.before_admission);
         let aged = connection.as_ref().and_then(|connection| connection.ends_at());
         Stream {
             service,
@@ -108,11 +108,11 @@ impl<B: Body> Stream<B> {
             requests,
             peer,
             connection,
-            in_use: None,
+            guard: None,
             aged: aged.map(|at| Box::pin(tokio::time::sleep_until(at))),
             session,
             admitted: None,
-            told: Told::default(),
+            reported: ReportedStatus::default(),
             frames: VecDeque::new(),
             end: None,
             timer: Some(Box::pin(tokio::time::sleep(FIRST_REQUEST_WITHIN))),
@@ -139,7 +139,7 @@ impl<B: Body> Stream<B> {
                 self.frames.extend(response.into_frames());
                 busy = true;
             }
-            self.tell_observer();
+            self.report_status();
             if let Some(aged) = &mut self.aged
                 && aged.as_mut().poll(cx).is_ready()
             {
@@ -192,8 +192,8 @@ impl<B: Body> Stream<B> {
                 self.session.on_snapshot(now, snapshot);
             }
             self.admitted = Some(admitted);
-            self.in_use = self.connection.as_ref().map(ConnectionUse::begin);
-            self.requests.bound(Bounds::ADMITTED.bytes, &self.service.budgets.admitted);
+            self.guard = self.connection.as_ref().map(ConnectionUse::begin_stream);
+            self.requests.set_limits(Bounds::ADMITTED.bytes, &self.service.budgets.admitted);
             self.timer = None;
         }
         self.session.on_request(now, request).map_err(invalid)
@@ -213,7 +213,7 @@ impl<B: Body> Stream<B> {
         true
     }
 
-    fn tell_observer(&mut self) {
+    fn report_status(&mut self) {
         let Some(Admitted { observer, .. }) = &mut self.admitted else { return };
         while let Some(event) = self.session.poll_event() {
             observer.on_event(event);
@@ -222,7 +222,7 @@ impl<B: Body> Stream<B> {
         let sum =
             |count: fn(&crate::KindStatus) -> u64| status.kinds.iter().map(|(_, kind)| count(kind)).sum();
         let counts: [u64; 3] = [sum(|kind| kind.acks), sum(|kind| kind.nacks), status.unknown_types];
-        let (state, generation, before) = &self.told;
+        let (state, generation, before) = &self.reported;
         if *state == status.state && *generation == status.generation_acked && *before == counts {
             return;
         }
@@ -233,7 +233,7 @@ impl<B: Body> Stream<B> {
         {
             counter.fetch_add(now - before, Relaxed);
         }
-        self.told = (status.state.clone(), status.generation_acked, counts);
+        self.reported = (status.state.clone(), status.generation_acked, counts);
         observer.on_status(status);
     }
 

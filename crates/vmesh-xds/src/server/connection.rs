@@ -20,7 +20,7 @@ struct Streams {
 }
 
 /// One admitted stream in the count. Dropping the guard removes it.
-pub(super) struct InUse(Arc<ConnectionUse>);
+pub(super) struct StreamGuard(Arc<ConnectionUse>);
 
 impl ConnectionUse {
     /// `ends_at` is the time at which the streams of this connection end by themselves.
@@ -51,7 +51,7 @@ impl ConnectionUse {
         }
     }
 
-    pub(super) fn begin(self: &Arc<ConnectionUse>) -> InUse {
+    pub(super) fn begin_stream(self: &Arc<ConnectionUse>) -> StreamGuard {
         let mut streams = self.streams();
         streams.admitted += 1;
         if streams.admitted == 1 {
@@ -61,7 +61,7 @@ impl ConnectionUse {
             self.changed.notify_one();
         }
         drop(streams);
-        InUse(self.clone())
+        StreamGuard(self.clone())
     }
 
     fn is_admitted(&self) -> bool {
@@ -76,15 +76,15 @@ impl ConnectionUse {
     /// Waits until the connection has had no admitted stream for `first`, or, after its first stream, for
     /// `later`.
     pub(super) async fn unused(&self, first: Duration, later: Duration) {
-        let mut patience = first;
+        let mut limit = first;
         loop {
             if self.is_admitted() {
-                patience = later;
+                limit = later;
                 self.changed.notified().await;
                 continue;
             }
             tokio::select! {
-                () = sleep(patience) => if !self.is_admitted() { return },
+                () = sleep(limit) => if !self.is_admitted() { return },
                 () = self.changed.notified() => {}
             }
         }
@@ -99,7 +99,7 @@ impl ConnectionUse {
     }
 }
 
-impl Drop for InUse {
+impl Drop for StreamGuard {
     fn drop(&mut self) {
         // The count and the permit change under one lock, since another stream of the connection may begin at
         // the same moment.

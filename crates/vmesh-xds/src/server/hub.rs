@@ -55,16 +55,16 @@ impl Hub {
             registry.publish(class, store, &mut concerned);
         }
         for (feed, class, scope) in publication.moves {
-            if feed.registry.ptr_eq(&Arc::downgrade(&self.registry)) && registry.displace(feed.id) {
-                registry.place(feed.id, class, scope);
+            if feed.registry.ptr_eq(&Arc::downgrade(&self.registry)) && registry.remove_from_class(feed.id) {
+                registry.add_to_class(feed.id, class, scope);
                 concerned.insert(feed.id);
             }
         }
-        let bells: Vec<_> =
-            concerned.iter().filter_map(|feed| registry.feeds.get(feed)).map(Place::bell).collect();
+        let signals: Vec<_> =
+            concerned.iter().filter_map(|feed| registry.feeds.get(feed)).map(FeedEntry::signal).collect();
         // The lock is released first: a woken stream reads the registry.
         drop(registry);
-        bells.iter().for_each(|bell| ring(bell));
+        signals.iter().for_each(|signal| wake(signal));
     }
 
     /// Removes a class and its store, unless a client is in the class.
@@ -90,22 +90,22 @@ impl Hub {
         let mut registry = self.write();
         let id = registry.next_feed;
         registry.next_feed += 1;
-        let bell = Arc::new(Mutex::new(Bell { stopped: registry.stopping, ..Bell::default() }));
+        let signal = Arc::new(Mutex::new(FeedSignal { is_stopped: registry.stopping, ..FeedSignal::default() }));
         let class = class.into();
-        registry.feeds.insert(id, Place { class: class.clone(), scope: scope.clone(), bell: bell.clone() });
-        registry.place(id, class, scope);
-        Feed { control: FeedControl { id, registry: Arc::downgrade(&self.registry) }, bell }
+        registry.feeds.insert(id, FeedEntry { class: class.clone(), scope: scope.clone(), signal: signal.clone() });
+        registry.add_to_class(id, class, scope);
+        Feed { control: FeedControl { id, registry: Arc::downgrade(&self.registry) }, signal }
     }
 
     /// Stops all streams, also those that begin later.
     pub fn stop(&self) {
         let mut registry = self.write();
         registry.stopping = true;
-        let bells: Vec<_> = registry.feeds.values().map(Place::bell).collect();
+        let signals: Vec<_> = registry.feeds.values().map(FeedEntry::signal).collect();
         drop(registry);
-        for bell in bells {
-            lock(&bell).stopped = true;
-            ring(&bell);
+        for signal in signals {
+            lock(&signal).is_stopped = true;
+            wake(&signal);
         }
     }
 
@@ -125,7 +125,7 @@ impl Hub {
 #[derive(Default)]
 struct Registry {
     classes: HashMap<Arc<str>, Class>,
-    feeds: HashMap<u64, Place>,
+    feeds: HashMap<u64, FeedEntry>,
     next_feed: u64,
     stopping: bool,
 }
@@ -142,24 +142,24 @@ struct Class {
 
 /// A scope with at most this many groups is indexed by group. Wider scopes are searched instead, because the
 /// memory of the index would grow with the product of clients and groups.
-const FEW: usize = 64;
+const INDEXED_GROUPS_MAX: usize = 64;
 
-struct Place {
+struct FeedEntry {
     class: Arc<str>,
     scope: Arc<Scope>,
-    bell: Arc<Mutex<Bell>>,
+    signal: Arc<Mutex<FeedSignal>>,
 }
 
-impl Place {
-    fn bell(&self) -> Arc<Mutex<Bell>> {
-        self.bell.clone()
+impl FeedEntry {
+    fn signal(&self) -> Arc<Mutex<FeedSignal>> {
+        self.signal.clone()
     }
 }
 
 #[derive(Default)]
-struct Bell {
-    rung: bool,
-    stopped: bool,
+struct FeedSignal {
+    is_pending: bool,
+    is_stopped: bool,
     waker: Option<Waker>,
 }
 
@@ -168,13 +168,13 @@ impl Registry {
         let class = self.classes.entry(key.clone()).or_default();
         let before = class.latest.replace(store.clone());
         let changed: Option<BTreeSet<&Arc<str>>> = match &before {
-            Some(before) if store.descends_with(before) && store.is_partial() == before.is_partial() => {
+            Some(before) if store.shares_lineage(before) && store.is_partial() == before.is_partial() => {
                 store.changed_since(before.generation()).map(Iterator::collect)
             }
             _ => None,
         };
         let Some(changed) = changed else {
-            let of_class = self.feeds.iter().filter(|(_, place)| place.class == key);
+            let of_class = self.feeds.iter().filter(|(_, entry)| entry.class == key);
             concerned.extend(of_class.map(|(id, _)| *id));
             return;
         };
@@ -187,29 +187,29 @@ impl Registry {
         concerned.extend(changed.iter().filter_map(|key| class.see_few.get(*key)).flatten());
     }
 
-    fn place(&mut self, id: u64, key: Arc<str>, scope: Arc<Scope>) {
+    fn add_to_class(&mut self, id: u64, key: Arc<str>, scope: Arc<Scope>) {
         let class = self.classes.entry(key.clone()).or_default();
         class.feeds += 1;
         match &scope.groups {
             Groups::All => _ = class.see_all.insert(id),
-            Groups::Named(keys) if keys.len() > FEW => _ = class.see_many.insert(id, scope.clone()),
+            Groups::Named(keys) if keys.len() > INDEXED_GROUPS_MAX => _ = class.see_many.insert(id, scope.clone()),
             Groups::Named(keys) => keys.iter().for_each(|key| {
                 class.see_few.entry(key.clone()).or_default().insert(id);
             }),
         }
-        if let Some(place) = self.feeds.get_mut(&id) {
-            (place.class, place.scope) = (key, scope);
+        if let Some(entry) = self.feeds.get_mut(&id) {
+            (entry.class, entry.scope) = (key, scope);
         }
     }
 
     /// Removes a feed from its class. Returns `false` if the feed no longer exists.
-    fn displace(&mut self, id: u64) -> bool {
-        let Some(place) = self.feeds.get(&id) else { return false };
-        let Some(class) = self.classes.get_mut(&place.class) else { return true };
+    fn remove_from_class(&mut self, id: u64) -> bool {
+        let Some(entry) = self.feeds.get(&id) else { return false };
+        let Some(class) = self.classes.get_mut(&entry.class) else { return true };
         class.feeds -= 1;
-        match &place.scope.groups {
+        match &entry.scope.groups {
             Groups::All => _ = class.see_all.remove(&id),
-            Groups::Named(keys) if keys.len() > FEW => _ = class.see_many.remove(&id),
+            Groups::Named(keys) if keys.len() > INDEXED_GROUPS_MAX => _ = class.see_many.remove(&id),
             Groups::Named(keys) => keys.iter().for_each(|key| {
                 if let Some(feeds) = class.see_few.get_mut(key) {
                     feeds.remove(&id);
@@ -223,11 +223,11 @@ impl Registry {
     }
 }
 
-fn ring(bell: &Mutex<Bell>) {
+fn wake(signal: &Mutex<FeedSignal>) {
     let waker = {
-        let mut bell = lock(bell);
-        bell.rung = true;
-        bell.waker.take()
+        let mut signal = lock(signal);
+        signal.is_pending = true;
+        signal.waker.take()
     };
     if let Some(waker) = waker {
         waker.wake();
@@ -237,7 +237,7 @@ fn ring(bell: &Mutex<Bell>) {
 /// One stream's subscription to a [`Hub`].
 pub struct Feed {
     control: FeedControl,
-    bell: Arc<Mutex<Bell>>,
+    signal: Arc<Mutex<FeedSignal>>,
 }
 
 impl Feed {
@@ -245,9 +245,9 @@ impl Feed {
     pub fn latest(&self) -> Option<Snapshot> {
         let hub = Hub { registry: self.control.registry.upgrade()? };
         let registry = hub.read();
-        let place = registry.feeds.get(&self.control.id)?;
-        let store = registry.classes.get(&place.class)?.latest.clone()?;
-        Some(Snapshot { store, scope: place.scope.clone() })
+        let entry = registry.feeds.get(&self.control.id)?;
+        let store = registry.classes.get(&entry.class)?.latest.clone()?;
+        Some(Snapshot { store, scope: entry.scope.clone() })
     }
 
     /// Waits until [`Feed::latest`] may have changed, or the hub stops.
@@ -256,19 +256,19 @@ impl Feed {
     }
 
     pub(super) fn poll_changed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let mut bell = lock(&self.bell);
-        if std::mem::take(&mut bell.rung) {
+        let mut signal = lock(&self.signal);
+        if std::mem::take(&mut signal.is_pending) {
             return Poll::Ready(());
         }
-        match &bell.waker {
+        match &signal.waker {
             Some(waker) if waker.will_wake(cx.waker()) => {}
-            _ => bell.waker = Some(cx.waker().clone()),
+            _ => signal.waker = Some(cx.waker().clone()),
         }
         Poll::Pending
     }
 
     pub fn is_stopped(&self) -> bool {
-        lock(&self.bell).stopped
+        lock(&self.signal).is_stopped
     }
 
     /// Returns a handle that can change the client's class and scope while its stream goes on.
@@ -282,7 +282,7 @@ impl Drop for Feed {
         if let Some(registry) = self.control.registry.upgrade() {
             let hub = Hub { registry };
             let mut registry = hub.write();
-            registry.displace(self.control.id);
+            registry.remove_from_class(self.control.id);
             registry.feeds.remove(&self.control.id);
         }
     }
@@ -333,7 +333,7 @@ mod tests {
         before.apply([(key.into(), Some(group))])
     }
 
-    fn is_rung(feed: &mut Feed) -> bool {
+    fn is_woken(feed: &mut Feed) -> bool {
         feed.poll_changed(&mut Context::from_waker(Waker::noop())).is_ready()
     }
 
@@ -355,15 +355,15 @@ mod tests {
             hub.subscribe("class", Arc::new(Scope::named(many("b")))),
             hub.subscribe("other", Arc::new(Scope::all())),
         ];
-        let mut rung = |store: &Store| {
+        let mut is_pending = |store: &Store| {
             hub.publish("class", Arc::new(store.clone()));
-            feeds.iter_mut().map(|feed| if is_rung(feed) { '!' } else { '.' }).collect::<String>()
+            feeds.iter_mut().map(|feed| if is_woken(feed) { '!' } else { '.' }).collect::<String>()
         };
-        assert_eq!(rung(&one), "......");
+        assert_eq!(is_pending(&one), "......");
         let two = store(&one, "a", "2");
-        assert_eq!(rung(&two), "!!!...");
-        assert_eq!(rung(&store(&two, "c", "1")), "!.....");
-        assert_eq!(rung(&store(&Store::default(), "b", "1")), "!!!!!.", "another line of stores");
+        assert_eq!(is_pending(&two), "!!!...");
+        assert_eq!(is_pending(&store(&two, "c", "1")), "!.....");
+        assert_eq!(is_pending(&store(&Store::default(), "b", "1")), "!!!!!.", "another line of stores");
     }
 
     #[test]
@@ -388,7 +388,7 @@ mod tests {
         let mut feed = hub.subscribe("class", Arc::new(Scope::named([""; 0])));
         assert!(feed.latest().is_none());
         hub.publish("class", Arc::new(Store::default()));
-        assert!(is_rung(&mut feed) && feed.latest().is_some());
+        assert!(is_woken(&mut feed) && feed.latest().is_some());
     }
 
     #[test]
@@ -400,13 +400,13 @@ mod tests {
         assert!(sees(&feed, "a") && !sees(&feed, "b"));
         let control = feed.control();
         control.set_scope("class", Arc::new(Scope::named(["b"])));
-        assert!(is_rung(&mut feed));
+        assert!(is_woken(&mut feed));
         assert!(!sees(&feed, "a") && sees(&feed, "b"));
         let two = store(&one, "a", "2");
         hub.publish("class", Arc::new(two.clone()));
-        assert!(!is_rung(&mut feed));
+        assert!(!is_woken(&mut feed));
         hub.publish("class", Arc::new(store(&two, "b", "2")));
-        assert!(is_rung(&mut feed));
+        assert!(is_woken(&mut feed));
         control.set_scope("unborn", Arc::new(Scope::all()));
         assert!(feed.latest().is_none());
         hub.publish("unborn", Arc::new(one));
@@ -437,7 +437,7 @@ mod tests {
         let hub = Hub::new();
         let mut early = hub.subscribe("class", Arc::new(Scope::all()));
         hub.stop();
-        assert!(is_rung(&mut early) && early.is_stopped());
+        assert!(is_woken(&mut early) && early.is_stopped());
         assert!(hub.subscribe("class", Arc::new(Scope::all())).is_stopped());
     }
 }

@@ -17,5 +17,5 @@ mod service;
 
 pub use body::AdsBody;
 pub use hub::{Feed, FeedControl, Hub, Publication};
-pub use serve::{Bounded, Listener, serve, serve_bounded, serve_connection};
+pub use serve::{ConnectionLimits, Listener, serve, serve_connections, serve_connection};
 pub use service::{Admission, Admitted, AdsService, Counters, Observer, PeerInfo, Refusal};

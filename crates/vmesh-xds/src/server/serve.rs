@@ -47,7 +47,7 @@ impl Listener for UnixListener {
 
 /// Limits for the number and the age of connections.
 #[derive(Clone)]
-pub struct Bounded {
+pub struct ConnectionLimits {
     pub gate: Gate,
     /// The age at which a connection asks its client to reconnect, so that a fleet spreads over replicas that
     /// started later. Each connection's limit differs by up to a fifth, or connections that began together
@@ -66,23 +66,23 @@ const STREAMS_END_AFTER: Duration = Duration::from_secs(1);
 /// The grace period between the end of the streams and the close of the connection.
 const CLOSED_AFTER: Duration = Duration::from_secs(10);
 
-impl Default for Bounded {
-    fn default() -> Bounded {
-        Bounded { gate: Gate::new(LIMITS), max_age: None }
+impl Default for ConnectionLimits {
+    fn default() -> ConnectionLimits {
+        ConnectionLimits { gate: Gate::new(LIMITS), max_age: None }
     }
 }
 
 /// Serves every connection of `listener` until `stop`, within default limits: see [`serve_connections`].
 pub async fn serve(listener: impl Listener, service: AdsService, stop: impl Future<Output = ()> + Send) {
-    serve_bounded(listener, service, Bounded::default(), stop).await;
+    serve_connections(listener, service, ConnectionLimits::default(), stop).await;
 }
 
 /// Serves every connection of `listener` until `stop`. Then all streams end with UNAVAILABLE, and the future
 /// completes when the connections are closed. Dropping it closes them at once.
-pub async fn serve_bounded(
+pub async fn serve_connections(
     mut listener: impl Listener,
     service: AdsService,
-    bounded: Bounded,
+    limits: ConnectionLimits,
     stop: impl Future<Output = ()> + Send,
 ) {
     let (stopping, stopped) = watch::channel(false);
@@ -91,7 +91,7 @@ pub async fn serve_bounded(
     let mut accepted = 0u64;
     loop {
         let accept = async {
-            bounded.gate.room().await;
+            limits.gate.room().await;
             listener.accept().await
         };
         let (io, peer) = tokio::select! {
@@ -108,15 +108,15 @@ pub async fn serve_bounded(
             },
         };
         let counters = service.counters();
-        match bounded.gate.enter(peer.origin()) {
+        match limits.gate.enter(peer.origin()) {
             Ok(permit) => {
                 accepted += 1;
-                let age = bounded.max_age.map(|age| jittered(age, accepted));
+                let age = limits.max_age.map(|age| jittered(age, accepted));
                 let ends_at = age.map(|age| Instant::now() + age + STREAMS_END_AFTER);
-                let in_use = ConnectionUse::new(Some(permit), ends_at);
+                let connection_use = ConnectionUse::new(Some(permit), ends_at);
                 let mut stopped = stopped.clone();
                 let stop = async move { _ = stopped.wait_for(|stopped| *stopped).await };
-                connections.spawn(drive(io, peer, service.clone(), in_use, stop));
+                connections.spawn(drive_connection(io, peer, service.clone(), connection_use, stop));
             }
             Err(_) => _ = counters.connections_refused.fetch_add(1, Relaxed),
         }
@@ -144,25 +144,25 @@ pub async fn serve_connection<I>(
 ) where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    drive(io, peer, service, ConnectionUse::new(None, None), stop).await;
+    drive_connection(io, peer, service, ConnectionUse::new(None, None), stop).await;
 }
 
-async fn drive<I>(
+async fn drive_connection<I>(
     io: I,
     peer: PeerInfo,
     service: AdsService,
-    in_use: Arc<ConnectionUse>,
+    connection_use: Arc<ConnectionUse>,
     stop: impl Future<Output = ()> + Send,
 ) where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let counters = service.counters().clone();
-    let _counted = Counted::new(counters.clone());
-    let of_streams = in_use.clone();
+    let _count = ConnectionCount::new(counters.clone());
+    let stream_use = connection_use.clone();
     let answer = service_fn(move |mut request: http::Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(peer.clone());
-        of_streams.show_request();
-        request.extensions_mut().insert(of_streams.clone());
+        stream_use.show_request();
+        request.extensions_mut().insert(stream_use.clone());
         ready(Ok::<_, Infallible>(service.answer(request)))
     });
     let mut http = http2::Builder::new(TokioExecutor::new());
@@ -179,7 +179,7 @@ async fn drive<I>(
         .max_send_buf_size(64 << 10);
     let mut connection = pin!(http.serve_connection(TokioIo::new(io), answer));
     let aged = async {
-        match in_use.ends_at() {
+        match connection_use.ends_at() {
             Some(ends_at) => sleep_until(ends_at - STREAMS_END_AFTER).await,
             None => std::future::pending().await,
         }
@@ -187,15 +187,15 @@ async fn drive<I>(
     if poll_once(connection.as_mut()).await.is_ready() {
         return;
     }
-    in_use.set_silent();
+    connection_use.set_silent();
     let drains_within = tokio::select! {
         _ = connection.as_mut() => Duration::ZERO,
         () = stop => Duration::MAX,
-        () = in_use.unused(FIRST_REQUEST_WITHIN, UNUSED_FOR) => {
+        () = connection_use.unused(FIRST_REQUEST_WITHIN, UNUSED_FOR) => {
             counters.connections_silent.fetch_add(1, Relaxed);
             Duration::ZERO
         }
-        () = in_use.evicted() => {
+        () = connection_use.evicted() => {
             counters.connections_silent.fetch_add(1, Relaxed);
             Duration::ZERO
         }
@@ -208,16 +208,16 @@ async fn drive<I>(
 }
 
 /// One connection in the counters, as long as it exists.
-struct Counted(Arc<Counters>);
+struct ConnectionCount(Arc<Counters>);
 
-impl Counted {
-    fn new(counters: Arc<Counters>) -> Counted {
+impl ConnectionCount {
+    fn new(counters: Arc<Counters>) -> ConnectionCount {
         counters.connections.fetch_add(1, Relaxed);
-        Counted(counters)
+        ConnectionCount(counters)
     }
 }
 
-impl Drop for Counted {
+impl Drop for ConnectionCount {
     fn drop(&mut self) {
         self.0.connections.fetch_sub(1, Relaxed);
     }

@@ -111,10 +111,10 @@ pub struct Counters {
 /// The gRPC service `envoy.service.discovery.v3.AggregatedDiscoveryService`, for hyper or for tonic's router.
 #[derive(Clone)]
 pub struct AdsService {
-    pub(super) inner: Arc<Inner>,
+    pub(super) shared: Arc<ServiceShared>,
 }
 
-pub(super) struct Inner {
+pub(super) struct ServiceShared {
     pub hub: Hub,
     pub admission: Box<dyn Admission>,
     pub control_plane: Arc<str>,
@@ -142,16 +142,16 @@ impl AdsService {
             admitted: Budget::new(ADMITTED_BYTES),
         };
         let (admission, counters) = (Box::new(admission), Arc::default());
-        let inner = Inner { hub, admission, control_plane, counters, budgets };
-        AdsService { inner: Arc::new(inner) }
+        let shared = ServiceShared { hub, admission, control_plane, counters, budgets };
+        AdsService { shared: Arc::new(shared) }
     }
 
     pub fn counters(&self) -> &Arc<Counters> {
-        &self.inner.counters
+        &self.shared.counters
     }
 
     pub fn hub(&self) -> &Hub {
-        &self.inner.hub
+        &self.shared.hub
     }
 
     /// Answers one call. It never fails: errors are part of the response.
@@ -174,13 +174,13 @@ impl AdsService {
             *response.status_mut() = http::StatusCode::UNSUPPORTED_MEDIA_TYPE;
             return response;
         }
-        if self.inner.hub.is_stopping() {
+        if self.shared.hub.is_stopping() {
             return refused(Code::Unavailable, "shutting down");
         }
         let (mut parts, body) = request.into_parts();
         let peer = parts.extensions.remove::<PeerInfo>().unwrap_or_default();
         let connection = parts.extensions.remove::<Arc<ConnectionUse>>();
-        let stream = Stream::new(self.inner.clone(), protocol, peer, connection, body);
+        let stream = Stream::new(self.shared.clone(), protocol, peer, connection, body);
         grpc(http::Response::new(AdsBody::streaming(stream)))
     }
 }

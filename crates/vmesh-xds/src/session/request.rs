@@ -1,6 +1,8 @@
+//! Requests: decoding within limits, and the errors that end a stream.
+
 use super::Protocol;
 use crate::Kind;
-use crate::glance::fields;
+use crate::summary::fields;
 use prost::Message;
 use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest};

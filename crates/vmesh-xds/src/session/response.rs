@@ -1,3 +1,5 @@
+//! Responses, encoded as a head and shared frames.
+
 use super::Protocol;
 use crate::resource::{field_len, put_field, put_field_head};
 use crate::{Kind, Resource};
@@ -15,7 +17,7 @@ pub struct Response {
 }
 
 /// The fields of a response that differ between streams.
-pub(super) struct Head<'a> {
+pub(super) struct ResponseHead<'a> {
     pub protocol: Protocol,
     pub kind: Kind,
     pub nonce: u64,
@@ -31,8 +33,8 @@ const COPY_BELOW: usize = 1024;
 const GRPC_PREFIX: usize = 5;
 
 impl Response {
-    pub(super) fn new(head: Head<'_>, resources: &[Arc<Resource>]) -> Response {
-        let Head { protocol, kind, nonce, version, removed, control_plane } = head;
+    pub(super) fn new(head: ResponseHead<'_>, resources: &[Arc<Resource>]) -> Response {
+        let ResponseHead { protocol, kind, nonce, version, removed, control_plane } = head;
         let fields = resources.iter().map(|resource| match protocol {
             Protocol::Delta => resource.delta(),
             Protocol::Sotw => resource.sotw(),

@@ -1,3 +1,5 @@
+//! The state of a stream, for operators.
+
 use crate::PerKind;
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -6,13 +6,20 @@ mod order;
 mod refusal;
 mod sotw;
 
+use super::error_text::blames;
 use super::*;
-use crate::{Group, Scope, Store};
+use crate::{Group, Resource, Scope, Store};
 use bytes::Bytes;
 use prost::Message;
 use std::collections::BTreeMap;
+use std::time::Duration;
+use vmesh_proto::agent;
+use vmesh_proto::envoy::config::endpoint::v3::ClusterLoadAssignment;
 use vmesh_proto::envoy::config::core::v3::Node;
-use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryResponse, DiscoveryResponse};
+use vmesh_proto::envoy::service::discovery::v3::{
+    DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
+};
+use vmesh_proto::google::rpc;
 
 /// A client at the end of a stream, together with the session and the store of its server.
 ///
@@ -23,7 +30,7 @@ struct Envoy {
     now: Instant,
     store: Store,
     scope: Scope,
-    said_hello: bool,
+    introduced: bool,
     /// The nonce of the last response of each kind.
     nonces: BTreeMap<Kind, String>,
     versions: BTreeMap<Kind, String>,
@@ -46,7 +53,7 @@ impl Envoy {
             now: Instant::now(),
             store: Store::default(),
             scope: Scope::all(),
-            said_hello: false,
+            introduced: false,
             nonces: BTreeMap::new(),
             versions: BTreeMap::new(),
             system_version: String::new(),
@@ -61,7 +68,7 @@ impl Envoy {
             Protocol::Delta => Session::delta("vmesh test"),
             Protocol::Sotw => Session::sotw("vmesh test"),
         };
-        self.said_hello = false;
+        self.introduced = false;
         self.nonces.clear();
         self.show();
     }
@@ -92,7 +99,7 @@ impl Envoy {
 
     fn try_send(&mut self, request: impl Into<Request>) -> Result<(), SessionError> {
         let mut request = request.into();
-        if !std::mem::replace(&mut self.said_hello, true) {
+        if !std::mem::replace(&mut self.introduced, true) {
             let node = Some(Node { id: "web-1".into(), ..Node::default() });
             match &mut request {
                 Request::Delta(request) => request.node = node,

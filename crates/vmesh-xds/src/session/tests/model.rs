@@ -15,12 +15,12 @@ struct Client {
     session: Session,
     now: Instant,
     introduced: bool,
-    wants: PerKind<Wants>,
-    view: PerKind<BTreeMap<String, Item>>,
+    wants: PerKind<ClientInterest>,
+    view: PerKind<BTreeMap<String, ClientItem>>,
     /// Responses that the server sent and the client has not read.
-    wire: VecDeque<Sent>,
+    wire: VecDeque<WireResponse>,
     /// Answers to responses that the client has read, not sent yet.
-    unanswered: VecDeque<Answer>,
+    unanswered: VecDeque<ClientAnswer>,
     nonces: PerKind<String>,
     world: Store,
     scope: Scope,
@@ -29,7 +29,7 @@ struct Client {
 }
 
 #[derive(Default, Clone)]
-struct Wants {
+struct ClientInterest {
     asked: bool,
     all: bool,
     ever_named: bool,
@@ -37,19 +37,19 @@ struct Wants {
 }
 
 #[derive(Clone, Debug, PartialEq)]
-struct Item {
+struct ClientItem {
     content: String,
     version: String,
 }
 
-struct Sent {
+struct WireResponse {
     kind: Kind,
     nonce: String,
-    items: Vec<(String, Item)>,
+    items: Vec<(String, ClientItem)>,
     removed: Vec<String>,
 }
 
-struct Answer {
+struct ClientAnswer {
     kind: Kind,
     nonce: String,
     error: Option<String>,
@@ -65,7 +65,7 @@ enum Step {
     /// The server writes one response, if it has one.
     Poll,
     /// The client reads one response.
-    Read(Temper),
+    Read(RejectionStyle),
     /// The client answers the response that it read first.
     Answer,
     Reconnect,
@@ -74,7 +74,7 @@ enum Step {
 
 /// How a client rejects a response with a bad resource.
 #[derive(Clone, Copy, Debug)]
-enum Temper {
+enum RejectionStyle {
     /// The client takes the good resources and names the bad ones, as Envoy does.
     Precise,
     /// The client rejects the whole response and names the bad resource, as for a message that it cannot
@@ -233,11 +233,11 @@ impl Client {
         let Some(response) = self.session.poll_response(self.now) else { return false };
         let (kind, nonce) = (response.kind, response.nonce.to_string());
         let message = unframed(response);
-        let item = |kind, version: String, value: &Bytes| Item {
+        let item = |kind, version: String, value: &Bytes| ClientItem {
             content: content(value),
             version: if version.is_empty() { resource(kind, "", "").version().into() } else { version },
         };
-        let (items, removed): (Vec<(String, Item)>, Vec<String>) = match self.protocol {
+        let (items, removed): (Vec<(String, ClientItem)>, Vec<String>) = match self.protocol {
             Protocol::Delta => {
                 let message = DeltaDiscoveryResponse::decode(message).unwrap();
                 let items = message.resources.into_iter().map(|resource| {
@@ -254,15 +254,15 @@ impl Client {
                 (items.collect(), Vec::new())
             }
         };
-        let sent = Sent { kind, nonce, items, removed };
+        let sent = WireResponse { kind, nonce, items, removed };
         self.check(&sent);
         self.pushed[kind] = Some(self.now);
         self.wire.push_back(sent);
         true
     }
 
-    fn check(&self, sent: &Sent) {
-        let Sent { kind, items, removed, .. } = sent;
+    fn check(&self, sent: &WireResponse) {
+        let WireResponse { kind, items, removed, .. } = sent;
         let wants = &self.wants[*kind];
         let waiting = self.wire.iter().any(|sent| sent.kind == *kind)
             || self.unanswered.iter().any(|answer| answer.kind == *kind);
@@ -280,8 +280,8 @@ impl Client {
         }
     }
 
-    fn read(&mut self, temper: Temper) {
-        let Some(Sent { kind, nonce, items, removed }) = self.wire.pop_front() else { return };
+    fn read(&mut self, style: RejectionStyle) {
+        let Some(WireResponse { kind, nonce, items, removed }) = self.wire.pop_front() else { return };
         let bad: Vec<&String> =
             items.iter().filter(|(_, item)| item.content == "bad").map(|(name, _)| name).collect();
         let named = bad.iter().map(|name| format!("{name}: cannot take it")).collect::<Vec<_>>().join(", ");
@@ -290,15 +290,15 @@ impl Client {
             true => self.view[kind].keys().any(|name| !items.iter().any(|(there, _)| there == name)),
             false => removed.iter().any(|name| self.view[kind].contains_key(name)),
         };
-        let error = match temper {
-            Temper::Clinging if is_less => Some("fewer than the minimum".to_owned()),
-            Temper::Clinging if !bad.is_empty() => Some("no".to_owned()),
+        let error = match style {
+            RejectionStyle::Clinging if is_less => Some("fewer than the minimum".to_owned()),
+            RejectionStyle::Clinging if !bad.is_empty() => Some("no".to_owned()),
             _ if bad.is_empty() => None,
-            Temper::Clinging => None,
-            Temper::Precise | Temper::Strict => Some(named),
-            Temper::Mute => Some("no".to_owned()),
+            RejectionStyle::Clinging => None,
+            RejectionStyle::Precise | RejectionStyle::Strict => Some(named),
+            RejectionStyle::Mute => Some("no".to_owned()),
         };
-        if error.is_none() || matches!(temper, Temper::Precise) {
+        if error.is_none() || matches!(style, RejectionStyle::Precise) {
             let wants = &self.wants[kind];
             let view = &mut self.view[kind];
             if complete {
@@ -311,11 +311,11 @@ impl Client {
             }
             removed.iter().for_each(|name| _ = view.remove(name));
         }
-        self.unanswered.push_back(Answer { kind, nonce, error });
+        self.unanswered.push_back(ClientAnswer { kind, nonce, error });
     }
 
     fn answer(&mut self) {
-        let Some(Answer { kind, nonce, error }) = self.unanswered.pop_front() else { return };
+        let Some(ClientAnswer { kind, nonce, error }) = self.unanswered.pop_front() else { return };
         match self.protocol {
             Protocol::Delta => {
                 let error_detail = error.and_then(|message| super::error(&message));
@@ -346,7 +346,7 @@ impl Client {
             Step::Subscribe(kind, names) => self.subscribe(*kind, names),
             Step::Unsubscribe(kind, names) => self.unsubscribe(*kind, names),
             Step::Poll => _ = self.poll(),
-            Step::Read(temper) => self.read(*temper),
+            Step::Read(style) => self.read(*style),
             Step::Answer => self.answer(),
             Step::Reconnect => self.connect(),
             Step::Wait(seconds) => self.now += Duration::from_secs(*seconds),
@@ -354,12 +354,12 @@ impl Client {
     }
 
     /// Sends, reads and answers until neither end has anything left to do.
-    fn settle(&mut self, temper: Temper) {
+    fn settle(&mut self, style: RejectionStyle) {
         let mut rounds = 0;
         loop {
             let mut busy = self.poll();
             while !self.wire.is_empty() || !self.unanswered.is_empty() {
-                self.read(temper);
+                self.read(style);
                 self.answer();
                 busy = true;
             }
@@ -391,9 +391,9 @@ impl Client {
                 match expected.as_deref() {
                     Some("bad") => assert_ne!(seen.as_deref(), Some("bad"), "{place}"),
                     Some(_) => assert_eq!(seen, expected, "{place}"),
-                    None => match Absence::of(self.protocol, kind) {
-                        Absence::Untold => {}
-                        Absence::Empty => assert!(seen.is_none_or(|seen| seen == "empty"), "{place}"),
+                    None => match AbsenceSignal::of(self.protocol, kind) {
+                        AbsenceSignal::Silence => {}
+                        AbsenceSignal::EmptyAssignment => assert!(seen.is_none_or(|seen| seen == "empty"), "{place}"),
                         _ if kind == Endpoint && snapshot.get(Cluster, &name).is_some() => {
                             assert_eq!(seen.as_deref(), Some("empty"), "{place}");
                         }
@@ -420,7 +420,7 @@ fn world(contents: &[[u8; 3]; 5]) -> Vec<(Arc<str>, Option<Arc<Group>>)> {
 /// Replaces the rejection style of some steps by [`RejectionStyle::Clinging`].
 fn clinging(steps: &[Step]) -> Vec<Step> {
     let cling = |(at, step): (usize, &Step)| match step {
-        Step::Read(_) if at % 2 == 0 => Step::Read(Temper::Clinging),
+        Step::Read(_) if at % 2 == 0 => Step::Read(RejectionStyle::Clinging),
         step => step.clone(),
     };
     steps.iter().enumerate().map(cling).collect()
@@ -436,7 +436,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => (kind.clone(), names.clone()).prop_map(|(kind, names)| Step::Subscribe(kind, names)),
         2 => (kind, names).prop_map(|(kind, names)| Step::Unsubscribe(kind, names)),
         8 => Just(Step::Poll),
-        8 => temper().prop_map(Step::Read),
+        8 => style().prop_map(Step::Read),
         6 => Just(Step::Answer),
         1 => Just(Step::Reconnect),
         1 => prop_oneof![Just(1), Just(12), Just(31)].prop_map(Step::Wait),
@@ -444,14 +444,14 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     vec(step, 1..60)
 }
 
-fn temper() -> impl Strategy<Value = Temper> {
-    prop_oneof![Just(Temper::Precise), Just(Temper::Strict), Just(Temper::Mute)]
+fn style() -> impl Strategy<Value = RejectionStyle> {
+    prop_oneof![Just(RejectionStyle::Precise), Just(RejectionStyle::Strict), Just(RejectionStyle::Mute)]
 }
 
-fn converges(protocol: Protocol, steps: &[Step], temper: Temper) {
+fn converges(protocol: Protocol, steps: &[Step], style: RejectionStyle) {
     let mut client = Client::new(protocol);
     steps.iter().for_each(|step| client.step(step));
-    client.settle(temper);
+    client.settle(style);
     client.assert_converged();
     let state = client.session.status().state.clone();
     assert_ne!(state, State::Pushing);
@@ -470,10 +470,10 @@ fn converges(protocol: Protocol, steps: &[Step], temper: Temper) {
 
 /// A client as careful as Envoy: it ACKs clusters when it has their endpoints, and asserts that each of its
 /// routes leads to a cluster that it has. The content of a route is the name of its cluster.
-struct Careful {
+struct CarefulClient {
     client: Client,
     /// Answers to cluster responses that wait for endpoints.
-    warming: VecDeque<Answer>,
+    warming: VecDeque<ClientAnswer>,
 }
 
 #[derive(Clone, Debug)]
@@ -487,9 +487,9 @@ enum CarefulStep {
     Reconnect,
 }
 
-impl Careful {
-    fn new() -> Careful {
-        let mut careful = Careful { client: Client::new(Protocol::Delta), warming: VecDeque::new() };
+impl CarefulClient {
+    fn new() -> CarefulClient {
+        let mut careful = CarefulClient { client: Client::new(Protocol::Delta), warming: VecDeque::new() };
         careful.client.subscribe(Cluster, &BTreeSet::new());
         careful.client.subscribe(Listener, &BTreeSet::new());
         careful.client.subscribe(Route, &BTreeSet::from(["r", "s"]));
@@ -528,7 +528,7 @@ impl Careful {
 
     fn read(&mut self) {
         let client = &mut self.client;
-        client.read(Temper::Precise);
+        client.read(RejectionStyle::Precise);
         let Some(answer) = client.unanswered.pop_back() else { return };
         let has: BTreeSet<String> = client.view[Cluster].keys().cloned().collect();
         if answer.kind == Cluster {
@@ -612,20 +612,20 @@ proptest! {
     #![proptest_config(config())]
 
     #[test]
-    fn a_delta_client_ends_up_with_what_it_asked_for_whatever_happens(steps in steps(), temper in temper()) {
-        converges(Protocol::Delta, &steps, temper);
+    fn a_delta_client_ends_up_with_what_it_asked_for_whatever_happens(steps in steps(), style in style()) {
+        converges(Protocol::Delta, &steps, style);
     }
 
     #[test]
-    fn a_sotw_client_ends_up_with_what_it_asked_for_whatever_happens(steps in steps(), temper in temper()) {
-        converges(Protocol::Sotw, &steps, temper);
+    fn a_sotw_client_ends_up_with_what_it_asked_for_whatever_happens(steps in steps(), style in style()) {
+        converges(Protocol::Sotw, &steps, style);
     }
 
     #[test]
     fn a_client_that_keeps_what_it_has_is_soon_left_alone_and_gets_all_else(steps in steps(), sotw in any::<bool>()) {
         let mut client = Client::new(if sotw { Protocol::Sotw } else { Protocol::Delta });
         clinging(&steps).iter().for_each(|step| client.step(step));
-        client.settle(Temper::Clinging);
+        client.settle(RejectionStyle::Clinging);
         prop_assert_ne!(&client.session.status().state, &State::Pushing);
         // The check covers delta only: a SotW client rejects a set that lacks a resource together with every
         // new resource in it.
@@ -670,7 +670,7 @@ proptest! {
 
     #[test]
     fn r47_no_route_ever_leads_to_a_cluster_that_is_not_there(steps in careful_steps()) {
-        let mut careful = Careful::new();
+        let mut careful = CarefulClient::new();
         steps.iter().for_each(|step| careful.step(step));
         for _ in 0..200 {
             for step in [CarefulStep::Poll, CarefulStep::Read, CarefulStep::Answer] {

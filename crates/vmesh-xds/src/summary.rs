@@ -3,7 +3,7 @@ use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_f
 
 /// The names and versions in a delta response, without the content of its resources.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Glance {
+pub struct ResponseSummary {
     pub kind: Option<Kind>,
     pub nonce: String,
     /// The names of the resources in the response.
@@ -13,25 +13,25 @@ pub struct Glance {
     pub removed: Vec<String>,
 }
 
-impl Glance {
+impl ResponseSummary {
     /// Parses an encoded `DeltaDiscoveryResponse`. Returns `None` if the bytes are not a protobuf message.
-    pub fn of(message: &[u8]) -> Option<Glance> {
-        let mut glance = Glance::default();
+    pub fn parse(message: &[u8]) -> Option<ResponseSummary> {
+        let mut summary = ResponseSummary::default();
         fields(message, |tag, content| {
             match tag {
                 2 => {
                     let (name, version) = name_and_version(content)?;
-                    glance.resources.push(name);
-                    glance.versions.push(version);
+                    summary.resources.push(name);
+                    summary.versions.push(version);
                 }
-                4 => glance.kind = Kind::from_type_url(std::str::from_utf8(content).ok()?),
-                5 => glance.nonce = text(content)?,
-                6 => glance.removed.push(text(content)?),
+                4 => summary.kind = Kind::from_type_url(std::str::from_utf8(content).ok()?),
+                5 => summary.nonce = text(content)?,
+                6 => summary.removed.push(text(content)?),
                 _ => {}
             }
             Some(())
         })?;
-        Some(glance)
+        Some(summary)
     }
 }
 
@@ -79,7 +79,7 @@ mod tests {
     use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryResponse, Resource};
 
     #[test]
-    fn a_glance_sees_names_and_versions() {
+    fn a_summary_has_names_and_versions() {
         let resource =
             |name: &str| Resource { name: name.into(), version: "1".into(), ..Resource::default() };
         let response = DeltaDiscoveryResponse {
@@ -89,10 +89,10 @@ mod tests {
             removed_resources: vec!["c".into()],
             ..DeltaDiscoveryResponse::default()
         };
-        let glance = Glance::of(&response.encode_to_vec()).unwrap();
+        let summary = ResponseSummary::parse(&response.encode_to_vec()).unwrap();
         assert_eq!(
-            glance,
-            Glance {
+            summary,
+            ResponseSummary {
                 kind: Some(Kind::Endpoint),
                 nonce: "7".into(),
                 resources: vec!["a".into(), "b".into()],
@@ -100,7 +100,7 @@ mod tests {
                 removed: vec!["c".into()],
             }
         );
-        assert_eq!(Glance::of(b"\xff\xff\xff"), None);
-        assert_eq!(Glance::of(b"\x12\x7f"), None);
+        assert_eq!(ResponseSummary::parse(b"\xff\xff\xff"), None);
+        assert_eq!(ResponseSummary::parse(b"\x12\x7f"), None);
     }
 }
