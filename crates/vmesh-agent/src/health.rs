@@ -16,8 +16,6 @@ use vmesh_daemon::fetch::{Peer, fetch};
 use vmesh_daemon::report::one_line;
 use vmesh_model::text::Time;
 
-use crate::retry::JitterSource;
-
 /// A health check, in `agent.yaml`: `tcp`, or `{http: /healthz, interval: 2s}`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HealthCheck {
@@ -148,7 +146,6 @@ pub(crate) async fn watch(
     health: watch::Sender<Health>,
 ) {
     let mut tracker = HealthTracker::new(&check);
-    let mut jitter = JitterSource::new();
     loop {
         let answer = run_check(&check, address).await;
         let now = tracker.record(answer.is_ok());
@@ -160,7 +157,7 @@ pub(crate) async fn watch(
             }
         }
         // Spread out, so that the checks of all workloads of a host do not coincide.
-        sleep(check.interval + jitter.time_below(check.interval / 10)).await;
+        sleep(check.interval + vmesh_backoff::jitter(check.interval / 10)).await;
     }
 }
 

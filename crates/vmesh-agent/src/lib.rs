@@ -37,7 +37,6 @@ pub mod outline;
 pub mod register;
 pub mod relay;
 mod reports;
-mod retry;
 pub mod status;
 pub mod supervisor;
 

@@ -27,8 +27,8 @@ use crate::config::{Config, ControlPlane};
 use crate::destinations::{self, DestinationTracker, Destinations};
 use crate::ipv4_only::ipv4_only;
 use crate::reports;
-use crate::retry::{Backoff, JitterSource};
 use crate::status::{AcceptedStatus, ControlPlaneStatus};
+use vmesh_backoff::{Backoff, jitter, shuffle};
 
 const CONNECTS_WITHIN: Duration = Duration::from_secs(5);
 /// Timeout for sending a request. A control plane that takes longer is given up.
@@ -120,9 +120,8 @@ pub fn spawn(
             tasks.spawn(format!("report to {replica}"), report);
         }
     }
-    let mut jitter = JitterSource::new();
     let mut replicas = config.control_planes.clone();
-    jitter.shuffle(&mut replicas);
+    shuffle(&mut replicas);
     tasks.spawn_draining("control plane", |stop| {
         let revision = relay.accepted_revision();
         let driver = RelayDriver {
@@ -143,7 +142,6 @@ pub fn spawn(
             confirm_at: None,
             tracker,
             stop,
-            jitter,
         };
         driver.run(replicas)
     });
@@ -341,14 +339,13 @@ struct RelayDriver {
     /// Set if outbound connections are captured; otherwise nothing uses destinations.
     tracker: Option<DestinationTracker>,
     stop: Stop,
-    jitter: JitterSource,
 }
 
 impl RelayDriver {
     /// Keeps a stream to one replica while that replica answers, and switches to the next replica when it fails.
     async fn run(mut self, replicas: Vec<ControlPlane>) {
         self.publish();
-        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+        let mut backoff = Backoff::decorrelated(Duration::from_millis(200), Duration::from_secs(5));
         let mut failures = 0;
         for replica in replicas.iter().cycle() {
             let began = Instant::now();
@@ -361,9 +358,9 @@ impl RelayDriver {
             self.report_disconnect(replica, why, failures == 1);
             // A replica that has not been tried yet is tried almost at once, with some jitter to spread the fleet.
             let pause = if failures < replicas.len() {
-                self.jitter.time_below(Duration::from_millis(200))
+                jitter(Duration::from_millis(200))
             } else {
-                backoff.pause()
+                backoff.next_pause()
             };
             if self.while_serving(sleep(pause)).await.is_err() {
                 break;

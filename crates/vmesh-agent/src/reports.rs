@@ -13,8 +13,8 @@ use vmesh_proto::envoy::service::discovery::v3::DeltaDiscoveryRequest;
 use vmesh_xds::client::AdsStream;
 
 use crate::config::ControlPlane;
-use crate::retry::Backoff;
 use crate::status::ControlPlaneStatus;
+use vmesh_backoff::Backoff;
 
 /// The type URL of the request. No resource has this type: a server that does not know it counts the request and keeps the stream.
 pub(crate) const TYPE_URL: &str = "type.googleapis.com/vmesh.NodeReport";
@@ -25,7 +25,7 @@ const CONNECTS_WITHIN: Duration = Duration::from_secs(5);
 pub(crate) async fn report(replica: ControlPlane, node: Node, status: watch::Sender<ControlPlaneStatus>) {
     let name = replica.to_string();
     let mut in_use = status.subscribe();
-    let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
+    let mut backoff = Backoff::decorrelated(Duration::from_millis(200), Duration::from_secs(10));
     loop {
         // The replica in use has the report from the configuration stream.
         let elsewhere = in_use.wait_for(|status| status.in_use.as_ref() != Some(&name)).await.is_ok();
@@ -46,7 +46,7 @@ pub(crate) async fn report(replica: ControlPlane, node: Node, status: watch::Sen
             }
         }
         set(&status, &name, Some(false));
-        sleep(backoff.pause()).await;
+        sleep(backoff.next_pause()).await;
     }
 }
 

@@ -18,9 +18,9 @@ use tokio::time::timeout;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::config::{Address, Config};
-use crate::credentials::{Credentials, Edition};
+use crate::credentials::{Credentials, Revision};
 use crate::error::{ConsulError, ErrorKind};
-use crate::pool::{Lease, Pool, broken};
+use crate::pool::{Lease, Pool, unreachable};
 
 /// The limit of one answer, in bytes: about the health of a service with 20,000 instances.
 pub const MAX_BODY: usize = 32 << 20;
@@ -34,7 +34,7 @@ const LARGE_BODIES: usize = 4;
 /// none.
 pub const MARGIN: Duration = Duration::from_secs(10);
 /// The timeout of the question to a server for the leader of its own datacenter.
-const IS_WELL_WITHIN: Duration = Duration::from_secs(2);
+const LEADER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Consul's own limit for the wait of a blocking query.
 pub const MAX_WAIT: Duration = Duration::from_secs(600);
 
@@ -72,7 +72,7 @@ pub struct Query {
     pub wait: Duration,
     /// The [`Meta::origin`] of `index`; 0 matches any. For another origin the query does not block: there the
     /// same index may have another meaning, and a server that started anew would not reach it for a long time.
-    pub view: u64,
+    pub origin: u64,
     pub consistency: Consistency,
     pub datacenter: Option<Arc<str>>,
     /// Further parameters, such as `recurse`. The client does not escape them, so they may contain only
@@ -97,7 +97,7 @@ pub struct Meta {
     pub hash: u64,
     /// Identifies the token and the server that the answer came from. It changes with the token, with the
     /// address, and with each lost connection, since a restarted server counts its indexes anew.
-    pub view: u64,
+    pub origin: u64,
 }
 
 /// An answer with its metadata.
@@ -109,9 +109,9 @@ pub struct Answer<T> {
 
 /// A client of one Consul cluster. Clones share connections, which close with the last clone.
 #[derive(Clone)]
-pub struct Client(Arc<Inner>);
+pub struct Client(Arc<ClientShared>);
 
-struct Inner {
+struct ClientShared {
     pools: Vec<Pool>,
     /// The index of the pool that answers reads now.
     current: AtomicUsize,
@@ -143,7 +143,7 @@ struct Reply {
     status: u16,
     headers: HeaderMap,
     body: Body,
-    view: u64,
+    origin: u64,
 }
 
 impl Client {
@@ -155,7 +155,7 @@ impl Client {
         let pool = |(number, address): (u64, &Address)| {
             Pool::new(address.clone(), number, max, counters.clone(), drivers.clone())
         };
-        Client(Arc::new(Inner {
+        Client(Arc::new(ClientShared {
             pools: (1..).zip(config.address.iter()).map(pool).collect(),
             current: AtomicUsize::new(0),
             credentials: Credentials::new(config),
@@ -172,8 +172,8 @@ impl Client {
 
     /// Returns warnings for operators that do not stop the client: a token file that others may read, a file
     /// that cannot be read now.
-    pub fn complaints(&self) -> Vec<Arc<str>> {
-        self.0.credentials.complaints()
+    pub fn warnings(&self) -> Vec<Arc<str>> {
+        self.0.credentials.warnings()
     }
 
     /// Returns the address that answers reads now.
@@ -228,7 +228,7 @@ impl Client {
         query: &Query,
     ) -> Result<Answer<Option<Body>>, ConsulError> {
         let Answer { value, meta } = self.read(path, query, true).await?;
-        let value = if meta.hash == NOTHING { None } else { Some(value) };
+        let value = if meta.hash == NOT_FOUND_HASH { None } else { Some(value) };
         Ok(Answer { value, meta })
     }
 
@@ -246,11 +246,11 @@ impl Client {
             };
             let outcome = self.exchange(pool, "GET", path, query, None, true).await;
             let kind = match outcome {
-                Ok(reply) => match ErrorKind::of(reply.status, &reply.body) {
+                Ok(reply) => match ErrorKind::from_response(reply.status, &reply.body) {
                     None => return Ok(answer(reply)),
                     Some(ErrorKind::NotFound(_)) if or_nothing => {
                         let mut nothing = answer(reply);
-                        nothing.meta.hash = NOTHING;
+                        nothing.meta.hash = NOT_FOUND_HASH;
                         return Ok(nothing);
                     }
                     Some(kind) => kind,
@@ -258,8 +258,11 @@ impl Client {
                 Err(kind) => kind,
             };
             self.0.counters.failures.fetch_add(1, Ordering::Relaxed);
-            if kind.is_the_servers() && pools.len() > 1 && !self.is_of_datacenter(pool, query, &kind).await {
-                self.leave(at, &kind);
+            if kind.is_server_specific()
+                && pools.len() > 1
+                && !self.is_failure_of_datacenter(pool, query, &kind).await
+            {
+                self.use_next_address(at, &kind);
                 if attempt < attempts {
                     attempt += 1;
                     continue;
@@ -277,13 +280,13 @@ impl Client {
     /// Reports whether the failure is that of the datacenter `query` asked about, while the server that
     /// forwarded the query is healthy. Leaving that server would disturb the queries for other datacenters for
     /// as long as this datacenter fails.
-    async fn is_of_datacenter(&self, pool: &Pool, query: &Query, kind: &ErrorKind) -> bool {
+    async fn is_failure_of_datacenter(&self, pool: &Pool, query: &Query, kind: &ErrorKind) -> bool {
         if query.datacenter.is_none() || matches!(kind, ErrorKind::Unreachable(_) | ErrorKind::Limited(_)) {
             return false;
         }
         let query = Query::default();
         let asked = self.exchange(pool, "GET", "/v1/status/leader", &query, None, true);
-        match timeout(IS_WELL_WITHIN, asked).await {
+        match timeout(LEADER_TIMEOUT, asked).await {
             // The body is the quoted address of the leader of the server's own datacenter.
             Ok(Ok(reply)) => reply.status == 200 && reply.body.len() > 2,
             Ok(Err(_)) | Err(_) => false,
@@ -291,17 +294,17 @@ impl Client {
     }
 
     /// Makes the next address current, unless another request has already done so.
-    fn leave(&self, at: usize, kind: &ErrorKind) {
+    fn use_next_address(&self, at: usize, kind: &ErrorKind) {
         let next = (at + 1) % self.0.pools.len();
         if self.0.current.compare_exchange(at, next, Ordering::Relaxed, Ordering::Relaxed).is_err() {
             return;
         }
-        if let (Some(left), Some(taken)) = (self.0.pools.get(at), self.0.pools.get(next)) {
-            tracing::info!("{} is left for {}: {kind}", left.address, taken.address);
+        if let (Some(previous), Some(taken)) = (self.0.pools.get(at), self.0.pools.get(next)) {
+            tracing::info!("{} is previous for {}: {kind}", previous.address, taken.address);
             // After a timeout or a lost connection, further requests to the address would fail too. After other
             // errors the address may still answer the requests that it has.
             if matches!(kind, ErrorKind::Timeout(_) | ErrorKind::Unreachable(_)) {
-                left.leave();
+                previous.abandon();
             }
         }
     }
@@ -314,7 +317,7 @@ impl Client {
         let query = Query { wait: within.saturating_sub(MARGIN), ..Query::default() };
         let outcome = self.exchange(pool, "PUT", path, &query, Some(body), false).await;
         let kind = match outcome {
-            Ok(reply) => match ErrorKind::of(reply.status, &reply.body) {
+            Ok(reply) => match ErrorKind::from_response(reply.status, &reply.body) {
                 None => return Ok(reply.body.bytes),
                 Some(kind) => kind,
             },
@@ -333,19 +336,19 @@ impl Client {
         path: &str,
         query: &Query,
         body: Option<Bytes>,
-        may_leave: bool,
+        may_abandon: bool,
     ) -> Result<Reply, ErrorKind> {
         let credentials = &self.0.credentials;
         let token = credentials.token(false).await.map_err(ErrorKind::Credentials)?;
         let used = token.as_ref().map(|token| token.number);
-        let reply = self.try_exchange(pool, method, path, query, body.clone(), token, may_leave).await;
-        let reply = reply.map_err(|kind| self.explained(pool, kind))?;
+        let reply = self.try_exchange(pool, method, path, query, body.clone(), token, may_abandon).await;
+        let reply = reply.map_err(|kind| self.with_certificate_hint(pool, kind))?;
         if reply.status != 403 {
             return Ok(reply);
         }
         match credentials.token(true).await.map_err(ErrorKind::Credentials)? {
             Some(token) if used != Some(token.number) => {
-                self.try_exchange(pool, method, path, query, body, Some(token), may_leave).await
+                self.try_exchange(pool, method, path, query, body, Some(token), may_abandon).await
             }
             _ => Ok(reply),
         }
@@ -353,7 +356,7 @@ impl Client {
 
     /// Adds a hint about client certificates: with TLS 1.3 a server rejects a missing one only after the
     /// handshake, and its message is often lost.
-    fn explained(&self, pool: &Pool, kind: ErrorKind) -> ErrorKind {
+    fn with_certificate_hint(&self, pool: &Pool, kind: ErrorKind) -> ErrorKind {
         match kind {
             ErrorKind::Unreachable(why) if pool.address.is_tls() && !self.0.credentials.has_certificate() => {
                 ErrorKind::Unreachable(format!(
@@ -372,10 +375,10 @@ impl Client {
         path: &str,
         query: &Query,
         body: Option<Bytes>,
-        token: Option<Edition<HeaderValue>>,
-        may_leave: bool,
+        token: Option<Revision<HeaderValue>>,
+        may_abandon: bool,
     ) -> Result<Reply, ErrorKind> {
-        let mut left = pool.left();
+        let mut abandoned = pool.abandoned();
         // Consul may add a sixteenth to the wait, to spread the answers.
         let within = query.wait + query.wait / 16 + MARGIN;
         loop {
@@ -386,19 +389,19 @@ impl Client {
             let mut lease = pool.lease(tls.as_ref(), self.0.credentials.server_name()).await?;
             // For another token, or on a server that was restarted, the same index may have another meaning, so
             // the query must not block.
-            let view = pool.view_of(token.as_ref().map_or(0, |token| token.number));
-            let target = if query.view == 0 || query.view == view {
+            let origin = pool.origin(token.as_ref().map_or(0, |token| token.number));
+            let target = if query.origin == 0 || query.origin == origin {
                 self.target(path, query)
             } else {
                 self.target(path, &Query { index: 0, ..query.clone() })
             };
             self.0.counters.requests.fetch_add(1, Ordering::Relaxed);
-            let is_many = matches!(lease, Lease::Many(_));
-            let request = request(method, &pool.address, &target, body.clone(), token.as_ref(), is_many)?;
+            let is_http2 = matches!(lease, Lease::Http2(_));
+            let request = request(method, &pool.address, &target, body.clone(), token.as_ref(), is_http2)?;
             let sent = async {
                 match &mut lease {
-                    Lease::One { sender, .. } => sender.send_request(request).await,
-                    Lease::Many(stream) => {
+                    Lease::Http1 { sender, .. } => sender.send_request(request).await,
+                    Lease::Http2(stream) => {
                         let mut sender = stream.sender();
                         sender.ready().await?;
                         sender.send_request(request).await
@@ -406,34 +409,34 @@ impl Client {
                 }
             };
             let whole = async {
-                let response = sent.await.map_err(Broken::BeforeTheAnswer)?;
+                let response = sent.await.map_err(ExchangeFailure::BeforeResponse)?;
                 let (parts, body) = response.into_parts();
-                Ok((parts, collected(body, &self.0.large_bodies).await.map_err(Broken::After)?))
+                Ok((parts, read_body(body, &self.0.large_bodies).await.map_err(ExchangeFailure::InBody)?))
             };
             let outcome = tokio::select! {
                 outcome = timeout(within, whole) => outcome,
-                Ok(()) = left.changed(), if may_leave => {
+                Ok(()) = abandoned.changed(), if may_abandon => {
                     return Err(ErrorKind::Unreachable("it was left for another server".to_owned()));
                 }
             };
             return match outcome {
                 Ok(Ok((parts, body))) => {
                     pool.give_back(lease);
-                    Ok(Reply { status: parts.status.as_u16(), headers: parts.headers, body, view })
+                    Ok(Reply { status: parts.status.as_u16(), headers: parts.headers, body, origin })
                 }
                 // The server may have closed an idle connection at the moment of its reuse.
-                Ok(Err(Broken::BeforeTheAnswer(_)))
-                    if matches!(lease, Lease::One { is_new: false, .. }) && method == "GET" =>
+                Ok(Err(ExchangeFailure::BeforeResponse(_)))
+                    if matches!(lease, Lease::Http1 { is_new: false, .. }) && method == "GET" =>
                 {
-                    pool.broke();
+                    pool.count_lost_connection();
                     continue;
                 }
-                Ok(Err(Broken::BeforeTheAnswer(error))) => {
-                    pool.broke();
-                    Err(broken(error))
+                Ok(Err(ExchangeFailure::BeforeResponse(error))) => {
+                    pool.count_lost_connection();
+                    Err(unreachable(error))
                 }
-                Ok(Err(Broken::After(kind))) => {
-                    pool.broke();
+                Ok(Err(ExchangeFailure::InBody(kind))) => {
+                    pool.count_lost_connection();
                     Err(kind)
                 }
                 Err(_) => Err(ErrorKind::Timeout(within)),
@@ -478,11 +481,11 @@ impl fmt::Debug for Client {
 }
 
 /// The hash of an answer with status 404.
-const NOTHING: u64 = 0;
+const NOT_FOUND_HASH: u64 = 0;
 
-enum Broken {
-    BeforeTheAnswer(hyper::Error),
-    After(ErrorKind),
+enum ExchangeFailure {
+    BeforeResponse(hyper::Error),
+    InBody(ErrorKind),
 }
 
 fn request(
@@ -490,8 +493,8 @@ fn request(
     address: &Address,
     target: &str,
     body: Option<Bytes>,
-    token: Option<&Edition<HeaderValue>>,
-    is_many: bool,
+    token: Option<&Revision<HeaderValue>>,
+    is_http2: bool,
 ) -> Result<Request<Full<Bytes>>, ErrorKind> {
     let authority = match address {
         Address::Unix(_) => "localhost".to_owned(),
@@ -499,7 +502,7 @@ fn request(
     };
     let method = Method::from_bytes(method.as_bytes()).unwrap_or_default();
     let mut request = Request::builder().method(method);
-    request = if is_many {
+    request = if is_http2 {
         request.version(Version::HTTP_2).uri(format!("https://{authority}{target}"))
     } else {
         request.uri(target).header(HOST, authority)
@@ -514,7 +517,7 @@ fn request(
 }
 
 /// Reads a body to its end. Once it exceeds [`SMALL_BODY`], it waits for a permit before it reads on.
-async fn collected(mut body: Incoming, large_bodies: &Arc<Semaphore>) -> Result<Body, ErrorKind> {
+async fn read_body(mut body: Incoming, large_bodies: &Arc<Semaphore>) -> Result<Body, ErrorKind> {
     let too_large = || ErrorKind::BadBody(format!("it is larger than {MAX_BODY} bytes"));
     let (mut bytes, mut permit) = (BytesMut::new(), None);
     while let Some(frame) = body.frame().await {
@@ -536,17 +539,17 @@ async fn collected(mut body: Incoming, large_bodies: &Arc<Semaphore>) -> Result<
 
 fn answer(reply: Reply) -> Answer<Body> {
     let text = |name: &str| reply.headers.get(name).and_then(|value| value.to_str().ok());
-    let says = |name: &str| text(name).is_some_and(|said| said.eq_ignore_ascii_case("true"));
+    let is_true = |name: &str| text(name).is_some_and(|said| said.eq_ignore_ascii_case("true"));
     let meta = Meta {
         index: text("x-consul-index").and_then(|index| index.parse().ok()),
         known_leader: text("x-consul-knownleader").is_none_or(|said| !said.eq_ignore_ascii_case("false")),
         last_contact: Duration::from_millis(
             text("x-consul-lastcontact").and_then(|millis| millis.parse().ok()).unwrap_or_default(),
         ),
-        filtered: says("x-consul-results-filtered-by-acls"),
-        translated: says("x-consul-translate-addresses"),
-        hash: xxh3_64(&reply.body).max(NOTHING + 1),
-        view: reply.view,
+        filtered: is_true("x-consul-results-filtered-by-acls"),
+        translated: is_true("x-consul-translate-addresses"),
+        hash: xxh3_64(&reply.body).max(NOT_FOUND_HASH + 1),
+        origin: reply.origin,
     };
     Answer { value: reply.body, meta }
 }
@@ -581,7 +584,7 @@ mod tests {
         let query = Query {
             index: 7,
             wait: Duration::from_secs(3600),
-            view: 0,
+            origin: 0,
             consistency: Consistency::Stale,
             datacenter: Some("dc1".into()),
             flags: &["recurse"],
@@ -661,17 +664,18 @@ mod tests {
         }
     }
 
-    type Says = &'static [(&'static str, &'static str, &'static str)];
-    const WELL: Says = &[
+    type ScriptedAnswers = &'static [(&'static str, &'static str, &'static str)];
+    const HEALTHY: ScriptedAnswers = &[
         ("/v1/status/leader", "200", "\"10.0.0.1:8300\""),
         ("dc=dc2", "500", "No path to datacenter"),
         ("", "200", "{}"),
     ];
-    const ILL: Says = &[("/v1/status/leader", "200", "\"\""), ("", "500", "No cluster leader")];
+    const LEADERLESS: ScriptedAnswers =
+        &[("/v1/status/leader", "200", "\"\""), ("", "500", "No cluster leader")];
 
     /// Starts a server that answers each request with the first entry of `answers` whose text occurs in the
     /// request line.
-    async fn server(tasks: &mut JoinSet<()>, says: Says) -> Address {
+    async fn server(tasks: &mut JoinSet<()>, answers: ScriptedAnswers) -> Address {
         use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
@@ -683,7 +687,7 @@ mod tests {
                 while stream.read_line(&mut line).await.unwrap_or(0) > 2 {
                     line.clear();
                 }
-                let (_, status, body) = says.iter().find(|(asked, ..)| first.contains(asked)).unwrap();
+                let (_, status, body) = answers.iter().find(|(asked, ..)| first.contains(asked)).unwrap();
                 let answer = format!(
                     "HTTP/1.1 {status} X\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
                     body.len()
@@ -697,9 +701,9 @@ mod tests {
     #[tokio::test]
     async fn a_server_is_not_left_for_what_ails_another_datacenter() {
         let mut tasks = JoinSet::new();
-        for (says, stays) in [(WELL, true), (ILL, false)] {
-            let first = server(&mut tasks, says).await;
-            let second = server(&mut tasks, WELL).await;
+        for (answers, stays) in [(HEALTHY, true), (LEADERLESS, false)] {
+            let first = server(&mut tasks, answers).await;
+            let second = server(&mut tasks, HEALTHY).await;
             let config = Config::of([first.clone(), second.clone()]);
             let client = Client::new(&config);
             let query = Query { datacenter: Some("dc2".into()), ..Query::default() };

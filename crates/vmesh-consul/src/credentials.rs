@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use crate::config::{Config, Tls};
 
 /// The minimum time between two checks of a file.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// The limit of a token, in bytes. A token is a UUID or a JWT; a longer file is something else.
 const MAX_TOKEN: usize = 16 << 10;
 /// The bundles of trusted authorities of operating systems: Debian, Red Hat, SUSE, Alpine.
@@ -28,7 +28,7 @@ const SYSTEM_BUNDLES: [&str; 4] = [
 
 /// A value made from files, with the number of its revision.
 #[derive(Clone)]
-pub(crate) struct Edition<T> {
+pub(crate) struct Revision<T> {
     pub(crate) value: T,
     /// Grows with every change.
     pub(crate) number: u64,
@@ -37,39 +37,39 @@ pub(crate) struct Edition<T> {
 pub(crate) struct Credentials {
     token_file: Option<PathBuf>,
     tls: Tls,
-    token: tokio::sync::Mutex<Files<HeaderValue>>,
-    config: tokio::sync::Mutex<Files<Arc<ClientConfig>>>,
+    token: tokio::sync::Mutex<FileCache<HeaderValue>>,
+    config: tokio::sync::Mutex<FileCache<Arc<ClientConfig>>>,
     /// Warnings for operators: at most one for the token and one for TLS.
-    complaints: Mutex<[Option<Arc<str>>; 2]>,
+    warnings: Mutex<[Option<Arc<str>>; 2]>,
 }
 
 /// The last value read from a set of files, with their fingerprints.
-struct Files<T> {
-    looked_at: Option<Instant>,
+struct FileCache<T> {
+    checked_at: Option<Instant>,
     /// The fingerprints of the files at the last read, whether it succeeded or failed.
-    looks: Vec<Look>,
-    good: Option<Edition<T>>,
+    fingerprints: Vec<FileFingerprint>,
+    good: Option<Revision<T>>,
     failure: Option<String>,
 }
 
-impl<T> Files<T> {
-    fn new() -> Files<T> {
-        Files { looked_at: None, looks: Vec::new(), good: None, failure: None }
+impl<T> FileCache<T> {
+    fn new() -> FileCache<T> {
+        FileCache { checked_at: None, fingerprints: Vec::new(), good: None, failure: None }
     }
 }
 
 /// Metadata that differs between two versions of a file. The change time covers a second write within one tick
 /// of the file system's clock.
 #[derive(Debug, PartialEq, Eq)]
-struct Look(Option<[i64; 7]>);
+struct FileFingerprint(Option<[i64; 7]>);
 
-impl Look {
-    async fn at(path: &Path) -> Look {
+impl FileFingerprint {
+    async fn at(path: &Path) -> FileFingerprint {
         let look = tokio::fs::metadata(path).await.ok().map(|m| {
             let (dev, ino, size) = (m.dev().cast_signed(), m.ino().cast_signed(), m.size().cast_signed());
             [dev, ino, size, m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec()]
         });
-        Look(look)
+        FileFingerprint(look)
     }
 }
 
@@ -81,45 +81,45 @@ impl Credentials {
         Credentials {
             token_file: config.token_file.clone(),
             tls: config.tls.clone(),
-            token: tokio::sync::Mutex::new(Files::new()),
-            config: tokio::sync::Mutex::new(Files::new()),
-            complaints: Mutex::new([None, None]),
+            token: tokio::sync::Mutex::new(FileCache::new()),
+            config: tokio::sync::Mutex::new(FileCache::new()),
+            warnings: Mutex::new([None, None]),
         }
     }
 
     /// Returns warnings for operators that do not stop the client.
-    pub(crate) fn complaints(&self) -> Vec<Arc<str>> {
-        self.complaints.lock().unwrap_or_else(PoisonError::into_inner).iter().flatten().cloned().collect()
+    pub(crate) fn warnings(&self) -> Vec<Arc<str>> {
+        self.warnings.lock().unwrap_or_else(PoisonError::into_inner).iter().flatten().cloned().collect()
     }
 
-    fn complain(&self, about: usize, complaint: Option<String>) {
-        let mut complaints = self.complaints.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(before) = complaints.get_mut(about)
-            && before.as_deref() != complaint.as_deref()
+    fn set_warning(&self, about: usize, warning: Option<String>) {
+        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(before) = warnings.get_mut(about)
+            && before.as_deref() != warning.as_deref()
         {
-            if let Some(complaint) = &complaint {
-                tracing::warn!("{complaint}");
+            if let Some(warning) = &warning {
+                tracing::warn!("{warning}");
             }
-            *before = complaint.map(Into::into);
+            *before = warning.map(Into::into);
         }
     }
 
     /// Returns the current token, or `None` if none is configured. `again` skips the minimum time between
     /// checks, after the server rejected the token.
-    pub(crate) async fn token(&self, again: bool) -> Result<Option<Edition<HeaderValue>>, String> {
+    pub(crate) async fn token(&self, again: bool) -> Result<Option<Revision<HeaderValue>>, String> {
         let Some(path) = &self.token_file else { return Ok(None) };
         let mut files = self.token.lock().await;
         let paths = [path.as_path()];
         self.refresh(TOKEN, &mut files, &paths, again, async || {
-            let (token, complaint) = read_token(path).await?;
-            Ok((token, complaint))
+            let (token, warning) = read_token(path).await?;
+            Ok((token, warning))
         })
         .await
         .map(Some)
     }
 
     /// Returns the current TLS configuration.
-    pub(crate) async fn tls(&self) -> Result<Edition<Arc<ClientConfig>>, String> {
+    pub(crate) async fn tls(&self) -> Result<Revision<Arc<ClientConfig>>, String> {
         let mut files = self.config.lock().await;
         let paths: Vec<&Path> = [&self.tls.ca_file, &self.tls.cert_file, &self.tls.key_file]
             .into_iter()
@@ -146,32 +146,35 @@ impl Credentials {
     /// file cannot be used, the last good value stays in use: the file may be in the middle of a write.
     async fn refresh<T: Clone>(
         &self,
-        which: usize,
-        files: &mut Files<T>,
+        slot: usize,
+        files: &mut FileCache<T>,
         paths: &[&Path],
         again: bool,
         read: impl AsyncFnOnce() -> Result<(T, Option<String>), String>,
-    ) -> Result<Edition<T>, String> {
+    ) -> Result<Revision<T>, String> {
         let now = Instant::now();
-        let is_due = again || files.looked_at.is_none_or(|at| now >= at + LOOK_EVERY);
+        let is_due = again || files.checked_at.is_none_or(|at| now >= at + CHECK_INTERVAL);
         if is_due {
-            files.looked_at = Some(now);
-            let mut looks = Vec::new();
+            files.checked_at = Some(now);
+            let mut fingerprints = Vec::new();
             for path in paths {
-                looks.push(Look::at(path).await);
+                fingerprints.push(FileFingerprint::at(path).await);
             }
-            if looks != files.looks || files.good.is_none() {
+            if fingerprints != files.fingerprints || files.good.is_none() {
                 let number = files.good.as_ref().map_or(0, |good| good.number);
-                files.looks = looks;
+                files.fingerprints = fingerprints;
                 match read().await {
-                    Ok((value, complaint)) => {
-                        self.complain(which, complaint);
-                        files.good = Some(Edition { value, number: number + 1 });
+                    Ok((value, warning)) => {
+                        self.set_warning(slot, warning);
+                        files.good = Some(Revision { value, number: number + 1 });
                         files.failure = None;
                     }
                     Err(wrong) => {
                         if files.good.is_some() {
-                            self.complain(which, Some(format!("{wrong}; what was read before stays in use")));
+                            self.set_warning(
+                                slot,
+                                Some(format!("{wrong}; what was read before stays in use")),
+                            );
                         }
                         files.failure = Some(wrong);
                     }
@@ -198,16 +201,16 @@ async fn read_token(path: &Path) -> Result<(HeaderValue, Option<String>), String
     };
     let mode = tokio::fs::metadata(path).await.map_err(failed)?.mode();
     let text = tokio::fs::read(path).await.map_err(failed)?;
-    let token = token_in(&text).map_err(|wrong| format!("the token file {shown} {wrong}"))?;
-    let complaint = (mode & 0o044 != 0).then(|| {
+    let token = parse_token(&text).map_err(|wrong| format!("the token file {shown} {wrong}"))?;
+    let warning = (mode & 0o044 != 0).then(|| {
         let mode = mode & 0o777;
         format!("the token file {shown} may be read by others (mode {mode:04o}): `chmod 0600 {shown}`")
     });
-    Ok((token, complaint))
+    Ok((token, warning))
 }
 
 /// Parses a token. Errors never quote it.
-fn token_in(text: &[u8]) -> Result<HeaderValue, &'static str> {
+fn parse_token(text: &[u8]) -> Result<HeaderValue, &'static str> {
     if text.len() > MAX_TOKEN {
         return Err("is too long for a token");
     }
@@ -282,7 +285,7 @@ mod tests {
         Credentials::new(&Config { token_file: Some(path.to_owned()), ..Config::default() })
     }
 
-    async fn seen(credentials: &Credentials) -> String {
+    async fn shown(credentials: &Credentials) -> String {
         match credentials.token(true).await {
             Ok(Some(token)) => format!("{} {:?} {:?}", token.number, token.value.to_str(), token.value),
             Ok(None) => "none".to_owned(),
@@ -295,27 +298,24 @@ mod tests {
         let dir = vmesh_testkit::tempdir().unwrap();
         let path = dir.join("token");
         let credentials = with_token(&path);
-        assert!(seen(&credentials).await.contains("cannot be read: No such file"));
+        assert!(shown(&credentials).await.contains("cannot be read: No such file"));
         std::fs::write(&path, "").unwrap();
-        assert!(seen(&credentials).await.contains("is empty"));
+        assert!(shown(&credentials).await.contains("is empty"));
         std::fs::write(&path, "one\n").unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
-        assert_eq!(seen(&credentials).await, "1 Ok(\"one\") Sensitive");
-        assert_eq!(seen(&credentials).await, "1 Ok(\"one\") Sensitive");
-        assert_eq!(credentials.complaints(), []);
+        assert_eq!(shown(&credentials).await, "1 Ok(\"one\") Sensitive");
+        assert_eq!(shown(&credentials).await, "1 Ok(\"one\") Sensitive");
+        assert_eq!(credentials.warnings(), []);
 
         std::fs::write(&path, "two").unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
-        assert_eq!(seen(&credentials).await, "2 Ok(\"two\") Sensitive");
-        assert!(credentials.complaints().concat().contains("may be read by others (mode 0640)"));
+        assert_eq!(shown(&credentials).await, "2 Ok(\"two\") Sensitive");
+        assert!(credentials.warnings().concat().contains("may be read by others (mode 0640)"));
 
         std::fs::write(&path, "two words").unwrap();
-        assert_eq!(seen(&credentials).await, "2 Ok(\"two\") Sensitive");
-        let complaint = credentials.complaints().concat();
-        assert!(
-            complaint.contains("one word is expected") && !complaint.contains("two words"),
-            "{complaint}"
-        );
+        assert_eq!(shown(&credentials).await, "2 Ok(\"two\") Sensitive");
+        let warning = credentials.warnings().concat();
+        assert!(warning.contains("one word is expected") && !warning.contains("two words"), "{warning}");
     }
 
     #[tokio::test]

@@ -9,10 +9,10 @@
 //! [`Cursor::origin`] for its parameters; then report its outcome with [`Cursor::on_answer`] or
 //! [`Cursor::on_failure`].
 
-use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
 use tokio::time::Instant;
+use vmesh_backoff::Backoff;
 
 use crate::client::Meta;
 
@@ -20,27 +20,27 @@ use crate::client::Meta;
 #[derive(Debug, Clone)]
 pub struct Cursor {
     /// The index for the next query; 0 reads the current value.
-    ask: u64,
+    next_index: u64,
     /// The index of the last trusted answer.
-    seen: u64,
+    last_index: u64,
     hash: Option<u64>,
-    view: u64,
+    origin: u64,
     /// Whether the leader must answer the next query.
-    strong: bool,
+    needs_leader: bool,
     due: Instant,
     /// How many answers in a row came without blocking and without a change: the server's index also grows for
     /// unrelated reasons.
     idle: u32,
-    allowance: Allowance,
+    rate_limit: TokenBucket,
     backoff: Backoff,
 }
 
 /// The meaning of an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    News,
+    Changed,
     /// The answer equals the previous one.
-    Same,
+    Unchanged,
     /// The answer may be outdated, for this reason, and must not be used. The next query goes to the leader.
     Doubtful(String),
 }
@@ -49,22 +49,22 @@ impl Cursor {
     /// Makes a cursor whose first query is due `at`.
     pub fn new(at: Instant) -> Cursor {
         Cursor {
-            ask: 0,
-            seen: 0,
+            next_index: 0,
+            last_index: 0,
             hash: None,
-            view: 0,
-            strong: false,
+            origin: 0,
+            needs_leader: false,
             due: at,
             idle: 0,
-            allowance: Allowance::new(at),
-            backoff: Backoff::default(),
+            rate_limit: TokenBucket::new(at),
+            backoff: failure_backoff(),
         }
     }
 
     /// Replaces the rate limit: `burst` queries at once, then one per interval `every`. Default: 5 and 500 ms.
     #[must_use]
-    pub fn with_allowance(mut self, burst: u32, every: Duration) -> Cursor {
-        self.allowance = Allowance { left: burst, burst, every, ..self.allowance };
+    pub fn with_rate_limit(mut self, burst: u32, every: Duration) -> Cursor {
+        self.rate_limit = TokenBucket { tokens: burst, burst, every, ..self.rate_limit };
         self
     }
 
@@ -75,17 +75,17 @@ impl Cursor {
 
     /// Returns the index for the next query; 0 means that it does not block.
     pub fn index(&self) -> u64 {
-        self.ask
+        self.next_index
     }
 
     /// Reports whether the next query must go to the leader, whatever consistency is configured.
-    pub fn is_strong(&self) -> bool {
-        self.strong
+    pub fn needs_leader(&self) -> bool {
+        self.needs_leader
     }
 
     /// Returns the origin of the last answer: see [`Meta::origin`].
-    pub fn view(&self) -> u64 {
-        self.view
+    pub fn origin(&self) -> u64 {
+        self.origin
     }
 
     /// Returns the hash of the last trusted answer.
@@ -94,20 +94,20 @@ impl Cursor {
     }
 
     /// Returns the index of the last trusted answer, or 0 if there was none.
-    pub fn seen(&self) -> u64 {
-        self.seen
+    pub fn last_index(&self) -> u64 {
+        self.last_index
     }
 
     /// Makes the next query read the current value instead of blocking, when it is due.
     pub fn read_again(&mut self) {
-        self.ask = 0;
+        self.next_index = 0;
     }
 
     /// Makes the next query read the current value from the leader, when it is due: another answer has shown
     /// that the last one is outdated.
     pub fn ask_leader(&mut self) {
-        self.ask = 0;
-        self.strong = true;
+        self.next_index = 0;
+        self.needs_leader = true;
     }
 
     /// Moves the next query to `at`, unless it is due later.
@@ -122,66 +122,66 @@ impl Cursor {
 
     /// Makes the next query due now, and lets it read the current value.
     pub fn start_over(&mut self, now: Instant) {
-        self.ask = 0;
+        self.next_index = 0;
         self.due = now;
     }
 
     /// Processes an answer. `asked_leader` says whether the query went to the leader; `resets` is increased if
     /// the index went back.
-    pub fn took(
+    pub fn on_answer(
         &mut self,
         meta: &Meta,
-        was_strong: bool,
+        asked_leader: bool,
         max_stale: Duration,
         now: Instant,
         resets: &mut u64,
     ) -> Verdict {
-        self.backoff = Backoff::default();
-        let asked = self.ask;
+        self.backoff.reset();
+        let asked = self.next_index;
         let index = meta.index.unwrap_or_default();
-        let went_back = index < self.seen || index == 0;
-        if !was_strong {
+        let went_back = index < self.last_index || index == 0;
+        if !asked_leader {
             let doubt = if !meta.known_leader {
                 Some("the server that answers knows of no leader".to_owned())
             } else if meta.last_contact > max_stale {
                 let age = meta.last_contact.as_secs_f64();
                 Some(format!("the server that answers has not heard of its leader for {age:.1} s"))
-            } else if went_back && self.seen > 0 {
-                Some(format!("the index went back from {} to {index}", self.seen))
+            } else if went_back && self.last_index > 0 {
+                Some(format!("the index went back from {} to {index}", self.last_index))
             } else {
                 None
             };
             if let Some(doubt) = doubt {
-                self.ask = 0;
-                self.strong = true;
-                self.due = self.allowance.take(now, Duration::ZERO);
+                self.next_index = 0;
+                self.needs_leader = true;
+                self.due = self.rate_limit.take(now, Duration::ZERO);
                 return Verdict::Doubtful(doubt);
             }
         }
         if went_back {
             *resets += 1;
         }
-        self.strong = false;
-        self.seen = index;
-        self.ask = index;
-        self.view = meta.view;
+        self.needs_leader = false;
+        self.last_index = index;
+        self.next_index = index;
+        self.origin = meta.origin;
         let is_same = self.hash.replace(meta.hash) == Some(meta.hash);
         let waited = is_same && index == asked && asked > 0;
         self.idle = if is_same && !waited && asked > 0 { (self.idle + 1).min(8) } else { 0 };
-        self.due = if waited { now } else { self.allowance.take(now, pause(self.idle)) };
-        if is_same { Verdict::Same } else { Verdict::News }
+        self.due = if waited { now } else { self.rate_limit.take(now, pause(self.idle)) };
+        if is_same { Verdict::Unchanged } else { Verdict::Changed }
     }
 
     /// Notes that the caller could not use an answer: the same answer counts as a change again.
-    pub fn refused(&mut self, now: Instant) {
+    pub fn on_rejected(&mut self, now: Instant) {
         self.hash = None;
-        self.failed(now);
+        self.on_failure(now);
     }
 
     /// Notes a failure: the next query waits for the back-off and reads the current value.
-    pub fn failed(&mut self, now: Instant) {
-        self.ask = 0;
-        self.due = now + self.backoff.draw();
+    pub fn on_failure(&mut self, now: Instant) {
+        self.next_index = 0;
+        self.due = now + self.backoff.next_pause();
     }
 }
 
@@ -196,19 +196,19 @@ fn pause(idle: u32) -> Duration {
 
 /// A token bucket: a burst of queries, then one per interval `every`.
 #[derive(Debug, Clone)]
-struct Allowance {
-    left: u32,
+struct TokenBucket {
+    tokens: u32,
     since: Instant,
     burst: u32,
     every: Duration,
 }
 
-impl Allowance {
+impl TokenBucket {
     const BURST: u32 = 5;
     const EVERY: Duration = Duration::from_millis(500);
 
-    fn new(now: Instant) -> Allowance {
-        Allowance { left: Self::BURST, since: now, burst: Self::BURST, every: Self::EVERY }
+    fn new(now: Instant) -> TokenBucket {
+        TokenBucket { tokens: Self::BURST, since: now, burst: Self::BURST, every: Self::EVERY }
     }
 
     /// Takes a token. Returns the time at which the next query may be sent, at least `pause` from now.
@@ -216,16 +216,16 @@ impl Allowance {
         let at = now + pause;
         let earned = at.saturating_duration_since(self.since).as_millis() / self.every.as_millis().max(1);
         let earned = u32::try_from(earned).unwrap_or(self.burst);
-        if self.left.saturating_add(earned) >= self.burst {
-            self.left = self.burst;
+        if self.tokens.saturating_add(earned) >= self.burst {
+            self.tokens = self.burst;
             self.since = at;
         } else {
-            self.left += earned;
+            self.tokens += earned;
             self.since += self.every * earned;
         }
-        match self.left.checked_sub(1) {
-            Some(left) => {
-                self.left = left;
+        match self.tokens.checked_sub(1) {
+            Some(tokens) => {
+                self.tokens = tokens;
                 at
             }
             None => {
@@ -236,26 +236,9 @@ impl Allowance {
     }
 }
 
-/// From 100 ms, twice as long each time, up to 30 s; half of it is drawn.
-#[derive(Debug, Clone)]
-struct Backoff(Duration);
-
-impl Default for Backoff {
-    fn default() -> Self {
-        Backoff(Duration::from_millis(100))
-    }
-}
-
-impl Backoff {
-    const LONGEST: Duration = Duration::from_secs(30);
-
-    fn draw(&mut self) -> Duration {
-        let whole = self.0;
-        self.0 = (whole * 2).min(Self::LONGEST);
-        // The seed of a std hash map is random; nothing here depends on how random.
-        let share = u32::try_from(RandomState::new().hash_one(0u8) >> 32).unwrap_or_default();
-        whole / 2 + (whole / 2).mul_f64(f64::from(share) / f64::from(u32::MAX))
-    }
+/// Makes the back-off after failures: 100 ms at first, doubled after each failure up to 30 s.
+fn failure_backoff() -> Backoff {
+    Backoff::doubling(Duration::from_millis(100), Duration::from_secs(30))
 }
 
 #[cfg(test)]
@@ -270,69 +253,69 @@ mod tests {
             filtered: false,
             translated: false,
             hash,
-            view: 1,
+            origin: 1,
         }
     }
 
-    struct Row {
+    struct QueryLoop {
         cursor: Cursor,
         now: Instant,
         resets: u64,
     }
 
-    impl Row {
-        async fn new() -> Row {
+    impl QueryLoop {
+        async fn new() -> QueryLoop {
             let now = Instant::now();
-            Row { cursor: Cursor::new(now), now, resets: 0 }
+            QueryLoop { cursor: Cursor::new(now), now, resets: 0 }
         }
 
         /// Returns the verdict on an answer, the index and consistency of the next query, and its delay in
         /// milliseconds.
         fn take(&mut self, meta: &Meta) -> (Verdict, u64, bool, u128) {
-            let strong = self.cursor.is_strong();
+            let strong = self.cursor.needs_leader();
             let max_stale = Duration::from_secs(10);
-            let verdict = self.cursor.took(meta, strong, max_stale, self.now, &mut self.resets);
+            let verdict = self.cursor.on_answer(meta, strong, max_stale, self.now, &mut self.resets);
             let wait = self.cursor.due() - self.now;
             self.now = self.cursor.due();
-            (verdict, self.cursor.index(), self.cursor.is_strong(), wait.as_millis())
+            (verdict, self.cursor.index(), self.cursor.needs_leader(), wait.as_millis())
         }
     }
 
-    fn doubt(text: &str) -> Verdict {
+    fn doubtful(text: &str) -> Verdict {
         Verdict::Doubtful(text.to_owned())
     }
 
     #[tokio::test]
     async fn an_answer_is_news_only_if_it_says_something_else() {
-        let mut row = Row::new().await;
-        assert_eq!(row.take(&meta(10, 1)), (Verdict::News, 10, false, 0));
-        assert_eq!(row.take(&meta(10, 1)), (Verdict::Same, 10, false, 0));
+        let mut queries = QueryLoop::new().await;
+        assert_eq!(queries.take(&meta(10, 1)), (Verdict::Changed, 10, false, 0));
+        assert_eq!(queries.take(&meta(10, 1)), (Verdict::Unchanged, 10, false, 0));
         // The index grows for unrelated reasons, so the pauses grow.
-        assert_eq!(row.take(&meta(11, 1)), (Verdict::Same, 11, false, 200));
-        assert_eq!(row.take(&meta(12, 1)), (Verdict::Same, 12, false, 400));
-        assert_eq!(row.take(&meta(13, 2)), (Verdict::News, 13, false, 0));
-        assert_eq!(row.resets, 0);
+        assert_eq!(queries.take(&meta(11, 1)), (Verdict::Unchanged, 11, false, 200));
+        assert_eq!(queries.take(&meta(12, 1)), (Verdict::Unchanged, 12, false, 400));
+        assert_eq!(queries.take(&meta(13, 2)), (Verdict::Changed, 13, false, 0));
+        assert_eq!(queries.resets, 0);
     }
 
     #[tokio::test]
     async fn an_index_that_goes_back_is_asked_of_the_leader_and_then_believed() {
-        let mut row = Row::new().await;
-        row.take(&meta(900, 1));
-        let verdict = doubt("the index went back from 900 to 20");
-        assert_eq!(row.take(&meta(20, 2)), (verdict, 0, true, 0));
-        assert_eq!(row.take(&meta(20, 2)), (Verdict::News, 20, false, 0));
-        assert_eq!(row.resets, 1);
+        let mut queries = QueryLoop::new().await;
+        queries.take(&meta(900, 1));
+        let verdict = doubtful("the index went back from 900 to 20");
+        assert_eq!(queries.take(&meta(20, 2)), (verdict, 0, true, 0));
+        assert_eq!(queries.take(&meta(20, 2)), (Verdict::Changed, 20, false, 0));
+        assert_eq!(queries.resets, 1);
     }
 
     #[tokio::test]
     async fn an_index_of_nothing_never_blocks_and_is_not_asked_for_all_the_time() {
-        let mut row = Row::new().await;
+        let mut queries = QueryLoop::new().await;
         let nothing = Meta { index: None, ..meta(0, 1) };
-        assert_eq!(row.take(&nothing).0, Verdict::News);
+        assert_eq!(queries.take(&nothing).0, Verdict::Changed);
         let mut waits = Vec::new();
         for _ in 0..8 {
-            let (verdict, index, _, wait) = row.take(&nothing);
-            assert_eq!((verdict, index), (Verdict::Same, 0));
+            let (verdict, index, _, wait) = queries.take(&nothing);
+            assert_eq!((verdict, index), (Verdict::Unchanged, 0));
             waits.push(wait);
         }
         assert!(waits.iter().skip(4).all(|wait| *wait == 500), "{waits:?}");
@@ -340,42 +323,42 @@ mod tests {
 
     #[tokio::test]
     async fn an_answer_without_a_leader_or_from_long_ago_is_doubtful() {
-        let mut row = Row::new().await;
-        let verdict = doubt("the server that answers knows of no leader");
-        assert_eq!(row.take(&Meta { known_leader: false, ..meta(5, 1) }), (verdict, 0, true, 0));
-        assert_eq!(row.take(&meta(5, 1)).0, Verdict::News);
-        let verdict = doubt("the server that answers has not heard of its leader for 11.0 s");
+        let mut queries = QueryLoop::new().await;
+        let verdict = doubtful("the server that answers knows of no leader");
+        assert_eq!(queries.take(&Meta { known_leader: false, ..meta(5, 1) }), (verdict, 0, true, 0));
+        assert_eq!(queries.take(&meta(5, 1)).0, Verdict::Changed);
+        let verdict = doubtful("the server that answers has not heard of its leader for 11.0 s");
         assert_eq!(
-            row.take(&Meta { last_contact: Duration::from_secs(11), ..meta(6, 2) }),
+            queries.take(&Meta { last_contact: Duration::from_secs(11), ..meta(6, 2) }),
             (verdict, 0, true, 0)
         );
-        assert_eq!(row.cursor.hash(), Some(1));
+        assert_eq!(queries.cursor.hash(), Some(1));
     }
 
     #[tokio::test]
     async fn failures_are_further_and_further_apart_and_then_all_is_asked_for() {
-        let mut row = Row::new().await;
-        row.take(&meta(5, 1));
+        let mut queries = QueryLoop::new().await;
+        queries.take(&meta(5, 1));
         let mut least = Duration::from_millis(50);
         for _ in 0..12 {
-            row.cursor.failed(row.now);
-            let wait = row.cursor.due() - row.now;
+            queries.cursor.on_failure(queries.now);
+            let wait = queries.cursor.due() - queries.now;
             assert!(wait >= least && wait <= least * 2, "{wait:?}");
             least = (least * 2).min(Duration::from_secs(15));
-            row.now = row.cursor.due();
+            queries.now = queries.cursor.due();
         }
-        assert_eq!(row.cursor.index(), 0);
-        assert_eq!(row.take(&meta(5, 1)).0, Verdict::Same);
+        assert_eq!(queries.cursor.index(), 0);
+        assert_eq!(queries.take(&meta(5, 1)).0, Verdict::Unchanged);
     }
 
     #[tokio::test]
     async fn a_flood_of_news_is_asked_for_twice_a_second() {
-        let mut row = Row::new().await;
-        let started = row.now;
+        let mut queries = QueryLoop::new().await;
+        let started = queries.now;
         for n in 1..=25 {
-            assert_eq!(row.take(&meta(n, n)).0, Verdict::News);
+            assert_eq!(queries.take(&meta(n, n)).0, Verdict::Changed);
         }
-        let took = (row.now - started).as_secs();
+        let took = (queries.now - started).as_secs();
         assert!((9..=11).contains(&took), "{took} s");
     }
 }

@@ -46,7 +46,7 @@ pub enum ErrorKind {
 
 impl ErrorKind {
     /// Reports whether another server might answer the same request.
-    pub(crate) fn is_the_servers(&self) -> bool {
+    pub(crate) fn is_server_specific(&self) -> bool {
         match self {
             ErrorKind::Unreachable(_)
             | ErrorKind::Timeout(_)
@@ -61,7 +61,7 @@ impl ErrorKind {
     }
 
     /// Returns the error that a response means, or `None` for a 2xx status.
-    pub(crate) fn of(status: u16, body: &[u8]) -> Option<ErrorKind> {
+    pub(crate) fn from_response(status: u16, body: &[u8]) -> Option<ErrorKind> {
         if (200..300).contains(&status) {
             return None;
         }
@@ -87,7 +87,7 @@ mod tests {
 
     #[test]
     fn an_answer_is_told_by_its_status_and_its_words() {
-        let kind = |status, body: &str| ErrorKind::of(status, body.as_bytes());
+        let kind = |status, body: &str| ErrorKind::from_response(status, body.as_bytes());
         assert_eq!(kind(200, "[]"), None);
         assert_eq!(kind(403, "ACL not found\n"), Some(ErrorKind::Forbidden("ACL not found".into())));
         assert_eq!(kind(500, "No cluster leader"), Some(ErrorKind::NoLeader("No cluster leader".into())));
@@ -98,7 +98,7 @@ mod tests {
         assert_eq!(kind(429, ""), Some(ErrorKind::Limited(String::new())));
         let no_path = kind(500, "No path to datacenter").unwrap();
         assert_eq!(no_path, ErrorKind::Server { status: 500, said: "No path to datacenter".into() });
-        assert!(no_path.is_the_servers());
+        assert!(no_path.is_server_specific());
         assert_eq!(no_path.to_string(), "Consul answered HTTP 500: \"No path to datacenter\"");
     }
 }

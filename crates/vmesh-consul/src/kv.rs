@@ -7,7 +7,7 @@ use base64::prelude::BASE64_STANDARD;
 use serde::Deserialize;
 
 use crate::client::{Client, Query, escaped};
-use crate::watch::{Pace, Watch};
+use crate::watch::{Watch, WatchOptions};
 
 /// A key and its value.
 #[derive(Clone, PartialEq, Eq)]
@@ -40,7 +40,7 @@ pub struct Entries {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Raw {
+struct RawEntry {
     key: String,
     /// `null` stands for the empty value.
     #[serde(default)]
@@ -54,19 +54,19 @@ struct Raw {
 impl Client {
     /// Watches all keys that begin with `prefix`, such as `vmesh/documents/`. Needs `key_prefix "…" { policy =
     /// "read" }`.
-    pub fn watch_keys(&self, prefix: &str, pace: Pace) -> Watch<Entries> {
+    pub fn watch_keys(&self, prefix: &str, options: WatchOptions) -> Watch<Entries> {
         let prefix: Vec<_> = prefix.trim_start_matches('/').split('/').map(escaped).collect();
         let path = format!("/v1/kv/{}", prefix.join("/"));
         let query = Query { flags: &["recurse"], ..Query::default() };
-        Watch::new(self.clone(), path, query, pace, entries)
+        Watch::new(self.clone(), path, query, options, entries)
     }
 }
 
 /// Parses an answer of `/v1/kv/…?recurse`; `None` stands for a missing prefix.
 fn entries(body: Option<&[u8]>) -> Result<Entries, String> {
     let Some(body) = body else { return Ok(Entries { entries: Vec::new(), absent: true }) };
-    let raw: Vec<Raw> = serde_json::from_slice(body).map_err(|wrong| wrong.to_string())?;
-    let entry = |raw: Raw| {
+    let raw: Vec<RawEntry> = serde_json::from_slice(body).map_err(|wrong| wrong.to_string())?;
+    let entry = |raw: RawEntry| {
         let value = BASE64_STANDARD
             .decode(raw.value.unwrap_or_default())
             .map_err(|wrong| format!("the value of `{}` is not base64: {wrong}", raw.key))?;

@@ -31,4 +31,4 @@ pub use config::{Address, Addresses, Config, MaxConnections, Tls};
 pub use cursor::{Cursor, Verdict};
 pub use error::{ConsulError, ErrorKind};
 pub use kv::{Entries, Entry};
-pub use watch::{Pace, Watch};
+pub use watch::{Watch, WatchOptions};

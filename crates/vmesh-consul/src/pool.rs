@@ -25,7 +25,7 @@ use tokio_rustls::TlsConnector;
 
 use crate::Counters;
 use crate::config::Address;
-use crate::credentials::Edition;
+use crate::credentials::Revision;
 use crate::error::ErrorKind;
 
 /// The timeout of connecting, including the TLS handshake.
@@ -40,8 +40,8 @@ const MAX_IDLE: Duration = Duration::from_secs(50);
 const KEEPALIVE: Duration = Duration::from_secs(15);
 
 const UNKNOWN: u8 = 0;
-const ONE_AT_A_TIME: u8 = 1;
-const MANY: u8 = 2;
+const HTTP1: u8 = 1;
+const HTTP2: u8 = 2;
 
 /// The tasks that drive connections. The client owns them.
 pub(crate) type Drivers = Arc<Mutex<JoinSet<()>>>;
@@ -55,32 +55,32 @@ pub(crate) struct Pool {
     max: usize,
     /// One permit per HTTP/1.1 connection in use.
     permits: Arc<Semaphore>,
-    idle: Mutex<Vec<Idle>>,
-    shared: Mutex<Vec<Arc<Shared>>>,
-    speaks: AtomicU8,
+    idle: Mutex<Vec<IdleConnection>>,
+    shared: Mutex<Vec<Arc<Http2Connection>>>,
+    protocol: AtomicU8,
     /// Locked while an HTTP/2 connection is being made, since all waiting requests will share it. Holds the
     /// time and the reason of the last failure, so that requests that waited during that attempt need not
     /// repeat it.
     connecting: tokio::sync::Mutex<Option<(Instant, ErrorKind)>>,
     /// Changes when the client abandons this address; waiting requests then end.
-    left: watch::Sender<u64>,
+    abandoned: watch::Sender<u64>,
     /// The position of the address in the client's configuration, starting at 1.
     number: u64,
     /// How often the server ended or lost a connection: it may have been restarted since.
-    broken: AtomicU64,
+    lost_connections: AtomicU64,
     counters: Arc<Counters>,
     drivers: Drivers,
 }
 
 /// An HTTP/1.1 connection that no request uses.
-struct Idle {
+struct IdleConnection {
     sender: http1::SendRequest<Full<Bytes>>,
     tls: u64,
     since: Instant,
 }
 
 /// An HTTP/2 connection.
-pub(crate) struct Shared {
+pub(crate) struct Http2Connection {
     sender: http2::SendRequest<Full<Bytes>>,
     tls: u64,
     streams: AtomicUsize,
@@ -88,17 +88,17 @@ pub(crate) struct Shared {
 
 /// The right to send one request.
 pub(crate) enum Lease {
-    One { sender: http1::SendRequest<Full<Bytes>>, tls: u64, is_new: bool, permit: OwnedSemaphorePermit },
-    Many(Stream),
+    Http1 { sender: http1::SendRequest<Full<Bytes>>, tls: u64, is_new: bool, permit: OwnedSemaphorePermit },
+    Http2(Http2Stream),
 }
 
 /// One stream of an HTTP/2 connection.
-pub(crate) struct Stream(Arc<Shared>);
+pub(crate) struct Http2Stream(Arc<Http2Connection>);
 
-impl Stream {
-    fn of(shared: &Arc<Shared>) -> Stream {
+impl Http2Stream {
+    fn of(shared: &Arc<Http2Connection>) -> Http2Stream {
         shared.streams.fetch_add(1, Ordering::Relaxed);
-        Stream(shared.clone())
+        Http2Stream(shared.clone())
     }
 
     pub(crate) fn sender(&self) -> http2::SendRequest<Full<Bytes>> {
@@ -106,15 +106,15 @@ impl Stream {
     }
 }
 
-impl Drop for Stream {
+impl Drop for Http2Stream {
     fn drop(&mut self) {
         self.0.streams.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-enum Connected {
-    One(http1::SendRequest<Full<Bytes>>),
-    Many(http2::SendRequest<Full<Bytes>>),
+enum NewConnection {
+    Http1(http1::SendRequest<Full<Bytes>>),
+    Http2(http2::SendRequest<Full<Bytes>>),
 }
 
 impl Pool {
@@ -125,75 +125,77 @@ impl Pool {
         counters: Arc<Counters>,
         drivers: Drivers,
     ) -> Pool {
-        let speaks = if address.is_tls() { UNKNOWN } else { ONE_AT_A_TIME };
+        let protocol = if address.is_tls() { UNKNOWN } else { HTTP1 };
         Pool {
             address,
             max,
             permits: Arc::new(Semaphore::new(max)),
             idle: Mutex::new(Vec::new()),
             shared: Mutex::new(Vec::new()),
-            speaks: AtomicU8::new(speaks),
+            protocol: AtomicU8::new(protocol),
             connecting: tokio::sync::Mutex::new(None),
-            left: watch::Sender::new(0),
+            abandoned: watch::Sender::new(0),
             number,
-            broken: AtomicU64::new(0),
+            lost_connections: AtomicU64::new(0),
             counters,
             drivers,
         }
     }
 
     /// Notes that a connection was lost.
-    pub(crate) fn broke(&self) {
-        self.broken.fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn count_lost_connection(&self) {
+        self.lost_connections.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Returns a number that identifies this server, as long as it is certain to be the same, together with a
     /// token: see [`Meta::origin`](crate::Meta::origin).
-    pub(crate) fn view_of(&self, token: u64) -> u64 {
-        (token << 40) | (self.number << 32) | (self.broken.load(Ordering::Relaxed) & u64::from(u32::MAX))
+    pub(crate) fn origin(&self, token: u64) -> u64 {
+        (token << 40)
+            | (self.number << 32)
+            | (self.lost_connections.load(Ordering::Relaxed) & u64::from(u32::MAX))
     }
 
     /// Returns how many requests may be in flight at once.
     pub(crate) fn capacity(&self) -> usize {
-        match self.speaks.load(Ordering::Relaxed) {
-            ONE_AT_A_TIME => self.max,
+        match self.protocol.load(Ordering::Relaxed) {
+            HTTP1 => self.max,
             _ => self.max.saturating_mul(MAX_STREAMS),
         }
     }
 
     /// Returns a receiver that changes when the client abandons this address.
-    pub(crate) fn left(&self) -> watch::Receiver<u64> {
-        self.left.subscribe()
+    pub(crate) fn abandoned(&self) -> watch::Receiver<u64> {
+        self.abandoned.subscribe()
     }
 
     /// Ends all requests to this address and closes its connections.
-    pub(crate) fn leave(&self) {
+    pub(crate) fn abandon(&self) {
         locked(&self.idle).clear();
         locked(&self.shared).clear();
-        self.left.send_modify(|times| *times += 1);
+        self.abandoned.send_modify(|times| *times += 1);
     }
 
     /// Waits for the right to send a request, and connects if needed.
     pub(crate) async fn lease(
         &self,
-        tls: Option<&Edition<Arc<ClientConfig>>>,
+        tls: Option<&Revision<Arc<ClientConfig>>>,
         server_name: Option<&str>,
     ) -> Result<Lease, ErrorKind> {
-        if self.speaks.load(Ordering::Relaxed) == ONE_AT_A_TIME {
-            return self.lease_one(tls, server_name).await;
+        if self.protocol.load(Ordering::Relaxed) == HTTP1 {
+            return self.lease_http1(tls, server_name).await;
         }
-        let edition = tls.map_or(0, |tls| tls.number);
-        if let Some(stream) = self.stream(edition) {
-            return Ok(Lease::Many(stream));
+        let revision = tls.map_or(0, |tls| tls.number);
+        if let Some(stream) = self.stream(revision) {
+            return Ok(Lease::Http2(stream));
         }
         let asked = Instant::now();
         let mut last_failure = self.connecting.lock().await;
-        if let Some(stream) = self.stream(edition) {
-            return Ok(Lease::Many(stream));
+        if let Some(stream) = self.stream(revision) {
+            return Ok(Lease::Http2(stream));
         }
-        if self.speaks.load(Ordering::Relaxed) == ONE_AT_A_TIME {
+        if self.protocol.load(Ordering::Relaxed) == HTTP1 {
             drop(last_failure);
-            return self.lease_one(tls, server_name).await;
+            return self.lease_http1(tls, server_name).await;
         }
         if let Some((at, failure)) = &*last_failure
             && *at >= asked
@@ -201,18 +203,19 @@ impl Pool {
             return Err(failure.clone());
         }
         match self.connect(tls, server_name).await {
-            Ok(Connected::Many(sender)) => {
-                self.speaks.store(MANY, Ordering::Relaxed);
-                let shared = Arc::new(Shared { sender, tls: edition, streams: AtomicUsize::new(0) });
-                let stream = Stream::of(&shared);
+            Ok(NewConnection::Http2(sender)) => {
+                self.protocol.store(HTTP2, Ordering::Relaxed);
+                let shared =
+                    Arc::new(Http2Connection { sender, tls: revision, streams: AtomicUsize::new(0) });
+                let stream = Http2Stream::of(&shared);
                 locked(&self.shared).push(shared);
-                Ok(Lease::Many(stream))
+                Ok(Lease::Http2(stream))
             }
-            Ok(Connected::One(sender)) => {
-                self.speaks.store(ONE_AT_A_TIME, Ordering::Relaxed);
+            Ok(NewConnection::Http1(sender)) => {
+                self.protocol.store(HTTP1, Ordering::Relaxed);
                 drop(last_failure);
                 let permit = self.permit().await?;
-                Ok(Lease::One { sender, tls: edition, is_new: true, permit })
+                Ok(Lease::Http1 { sender, tls: revision, is_new: true, permit })
             }
             Err(failure) => {
                 *last_failure = Some((Instant::now(), failure.clone()));
@@ -223,19 +226,19 @@ impl Pool {
 
     /// Returns a stream of an HTTP/2 connection with room for it. At the limit of connections, returns a stream
     /// of the least used connection.
-    fn stream(&self, edition: u64) -> Option<Stream> {
+    fn stream(&self, revision: u64) -> Option<Http2Stream> {
         let mut all = locked(&self.shared);
         if all.iter().any(|shared| shared.sender.is_closed()) {
-            self.broke();
+            self.count_lost_connection();
         }
-        all.retain(|shared| !shared.sender.is_closed() && shared.tls == edition);
-        let streams = |shared: &&Arc<Shared>| shared.streams.load(Ordering::Relaxed);
+        all.retain(|shared| !shared.sender.is_closed() && shared.tls == revision);
+        let streams = |shared: &&Arc<Http2Connection>| shared.streams.load(Ordering::Relaxed);
         let least = all.iter().min_by_key(streams)?;
         // Filling one connection before the next keeps their number small.
         let open = all.iter().filter(|shared| streams(shared) < MAX_STREAMS).max_by_key(streams);
         match open {
-            Some(shared) => Some(Stream::of(shared)),
-            None if all.len() >= self.max => Some(Stream::of(least)),
+            Some(shared) => Some(Http2Stream::of(shared)),
+            None if all.len() >= self.max => Some(Http2Stream::of(least)),
             None => None,
         }
     }
@@ -245,48 +248,49 @@ impl Pool {
         self.permits.clone().acquire_owned().await.map_err(closed)
     }
 
-    async fn lease_one(
+    async fn lease_http1(
         &self,
-        tls: Option<&Edition<Arc<ClientConfig>>>,
+        tls: Option<&Revision<Arc<ClientConfig>>>,
         server_name: Option<&str>,
     ) -> Result<Lease, ErrorKind> {
-        let edition = tls.map_or(0, |tls| tls.number);
+        let revision = tls.map_or(0, |tls| tls.number);
         let permit = self.permit().await?;
-        while let Some(mut sender) = self.idle(edition) {
+        while let Some(mut sender) = self.idle(revision) {
             if sender.ready().await.is_ok() {
-                return Ok(Lease::One { sender, tls: edition, is_new: false, permit });
+                return Ok(Lease::Http1 { sender, tls: revision, is_new: false, permit });
             }
-            self.broke();
+            self.count_lost_connection();
         }
         match self.connect(tls, server_name).await? {
-            Connected::One(sender) => Ok(Lease::One { sender, tls: edition, is_new: true, permit }),
+            NewConnection::Http1(sender) => Ok(Lease::Http1 { sender, tls: revision, is_new: true, permit }),
             // The server has been reconfigured to HTTP/2, which is used from now on.
-            Connected::Many(sender) => {
-                self.speaks.store(MANY, Ordering::Relaxed);
-                let shared = Arc::new(Shared { sender, tls: edition, streams: AtomicUsize::new(0) });
-                let stream = Stream::of(&shared);
+            NewConnection::Http2(sender) => {
+                self.protocol.store(HTTP2, Ordering::Relaxed);
+                let shared =
+                    Arc::new(Http2Connection { sender, tls: revision, streams: AtomicUsize::new(0) });
+                let stream = Http2Stream::of(&shared);
                 locked(&self.shared).push(shared);
-                Ok(Lease::Many(stream))
+                Ok(Lease::Http2(stream))
             }
         }
     }
 
     /// Returns the idle connection that was used last, so that surplus connections reach their idle limit.
-    fn idle(&self, edition: u64) -> Option<http1::SendRequest<Full<Bytes>>> {
+    fn idle(&self, revision: u64) -> Option<http1::SendRequest<Full<Bytes>>> {
         let mut all = locked(&self.idle);
         let now = Instant::now();
         if all.iter().any(|idle| idle.sender.is_closed()) {
-            self.broke();
+            self.count_lost_connection();
         }
-        all.retain(|idle| !idle.sender.is_closed() && idle.tls == edition && now < idle.since + MAX_IDLE);
+        all.retain(|idle| !idle.sender.is_closed() && idle.tls == revision && now < idle.since + MAX_IDLE);
         all.pop().map(|idle| idle.sender)
     }
 
     /// Returns a connection to the pool after its answer was read to the end.
     pub(crate) fn give_back(&self, lease: Lease) {
-        if let Lease::One { sender, tls, permit, .. } = lease {
+        if let Lease::Http1 { sender, tls, permit, .. } = lease {
             if !sender.is_closed() {
-                locked(&self.idle).push(Idle { sender, tls, since: Instant::now() });
+                locked(&self.idle).push(IdleConnection { sender, tls, since: Instant::now() });
             }
             drop(permit);
         }
@@ -294,9 +298,9 @@ impl Pool {
 
     async fn connect(
         &self,
-        tls: Option<&Edition<Arc<ClientConfig>>>,
+        tls: Option<&Revision<Arc<ClientConfig>>>,
         server_name: Option<&str>,
-    ) -> Result<Connected, ErrorKind> {
+    ) -> Result<NewConnection, ErrorKind> {
         match timeout(CONNECT_WITHIN, self.connect_unbounded(tls, server_name)).await {
             Ok(connected) => connected,
             Err(_) => Err(ErrorKind::Unreachable(format!(
@@ -308,16 +312,18 @@ impl Pool {
 
     async fn connect_unbounded(
         &self,
-        tls: Option<&Edition<Arc<ClientConfig>>>,
+        tls: Option<&Revision<Arc<ClientConfig>>>,
         server_name: Option<&str>,
-    ) -> Result<Connected, ErrorKind> {
+    ) -> Result<NewConnection, ErrorKind> {
         let failed = |error: io::Error| ErrorKind::Unreachable(error.to_string());
         match &self.address {
             Address::Unix(path) => {
                 let stream = UnixStream::connect(path).await.map_err(failed)?;
-                self.speak_one(stream).await
+                self.handshake_http1(stream).await
             }
-            Address::Http { host, port } => self.speak_one(dial(host, *port).await.map_err(failed)?).await,
+            Address::Http { host, port } => {
+                self.handshake_http1(dial(host, *port).await.map_err(failed)?).await
+            }
             Address::Https { host, port } => {
                 let Some(tls) = tls else {
                     return Err(ErrorKind::Credentials("TLS is not set up".to_owned()));
@@ -332,28 +338,28 @@ impl Pool {
                     ErrorKind::Unreachable(format!("no TLS with `{}`: {error}", name.to_str()))
                 })?;
                 if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
-                    self.speak_many(stream).await
+                    self.handshake_http2(stream).await
                 } else {
-                    self.speak_one(stream).await
+                    self.handshake_http1(stream).await
                 }
             }
         }
     }
 
-    async fn speak_one(
+    async fn handshake_http1(
         &self,
         stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    ) -> Result<Connected, ErrorKind> {
+    ) -> Result<NewConnection, ErrorKind> {
         let io = TokioIo::new(stream);
-        let (sender, connection) = http1::handshake(io).await.map_err(broken)?;
+        let (sender, connection) = http1::handshake(io).await.map_err(unreachable)?;
         self.drive(async move { drop(connection.await) });
-        Ok(Connected::One(sender))
+        Ok(NewConnection::Http1(sender))
     }
 
-    async fn speak_many(
+    async fn handshake_http2(
         &self,
         stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    ) -> Result<Connected, ErrorKind> {
+    ) -> Result<NewConnection, ErrorKind> {
         let io = TokioIo::new(stream);
         let (sender, connection) = http2::Builder::new(Executor(Arc::downgrade(&self.drivers)))
             .timer(TokioTimer::new())
@@ -364,14 +370,14 @@ impl Pool {
             .initial_connection_window_size(16 << 20)
             .handshake(io)
             .await
-            .map_err(broken)?;
+            .map_err(unreachable)?;
         self.drive(async move { drop(connection.await) });
-        Ok(Connected::Many(sender))
+        Ok(NewConnection::Http2(sender))
     }
 
     /// Spawns the task that drives a connection until it ends.
     fn drive(&self, connection: impl Future<Output = ()> + Send + 'static) {
-        let open = Open::new(&self.counters);
+        let open = OpenConnection::new(&self.counters);
         let mut drivers = locked(&self.drivers);
         while drivers.try_join_next().is_some() {}
         drivers.spawn(async move {
@@ -381,24 +387,24 @@ impl Pool {
     }
 }
 
-pub(crate) fn broken(error: hyper::Error) -> ErrorKind {
+pub(crate) fn unreachable(error: hyper::Error) -> ErrorKind {
     use std::error::Error;
     let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
     ErrorKind::Unreachable(format!("{error}{cause}"))
 }
 
 /// A connection in the counters, as long as the value exists.
-struct Open(Arc<Counters>);
+struct OpenConnection(Arc<Counters>);
 
-impl Open {
-    fn new(counters: &Arc<Counters>) -> Open {
+impl OpenConnection {
+    fn new(counters: &Arc<Counters>) -> OpenConnection {
         counters.connects.fetch_add(1, Ordering::Relaxed);
         counters.connections.fetch_add(1, Ordering::Relaxed);
-        Open(counters.clone())
+        OpenConnection(counters.clone())
     }
 }
 
-impl Drop for Open {
+impl Drop for OpenConnection {
     fn drop(&mut self) {
         self.0.connections.fetch_sub(1, Ordering::Relaxed);
     }

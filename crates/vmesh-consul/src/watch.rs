@@ -13,7 +13,7 @@ use crate::error::{ConsulError, ErrorKind};
 
 /// The parameters of a [`Watch`].
 #[derive(Debug, Clone)]
-pub struct Pace {
+pub struct WatchOptions {
     /// How long a query blocks; Consul's limit is 10 min.
     pub wait: Duration,
     /// Which servers may answer.
@@ -22,9 +22,9 @@ pub struct Pace {
     pub max_stale: Duration,
 }
 
-impl Default for Pace {
+impl Default for WatchOptions {
     fn default() -> Self {
-        Pace {
+        WatchOptions {
             wait: Duration::from_secs(60),
             consistency: Consistency::Stale,
             max_stale: Duration::from_secs(10),
@@ -32,30 +32,30 @@ impl Default for Pace {
     }
 }
 
-impl Pace {
+impl WatchOptions {
     /// Returns the next query of `cursor`, which blocks for at most `wait`.
     pub fn query(&self, cursor: &Cursor, wait: Duration) -> Query {
         let consistency = match self.consistency {
-            Consistency::Stale if cursor.is_strong() => Consistency::Leader,
+            Consistency::Stale if cursor.needs_leader() => Consistency::Leader,
             consistency => consistency,
         };
         let wait = if cursor.index() > 0 { wait.min(self.wait) } else { Duration::ZERO };
-        Query { index: cursor.index(), wait, view: cursor.view(), consistency, ..Query::default() }
+        Query { index: cursor.index(), wait, origin: cursor.origin(), consistency, ..Query::default() }
     }
 }
 
-type Asked = Pin<Box<dyn Future<Output = Result<Answer<Option<Body>>, ConsulError>> + Send>>;
+type QueryFuture = Pin<Box<dyn Future<Output = Result<Answer<Option<Body>>, ConsulError>> + Send>>;
 
 /// Watches one path: [`Watch::next`] returns each value that differs from the previous one.
 pub struct Watch<T> {
     client: Client,
     path: String,
     query: Query,
-    pace: Pace,
+    options: WatchOptions,
     cursor: Cursor,
     read: fn(Option<&[u8]>) -> Result<T, String>,
     /// The query in flight and whether the leader answers it. Dropping the future of [`Watch::next`] keeps it.
-    asked: Option<(bool, Asked)>,
+    in_flight: Option<(bool, QueryFuture)>,
     /// Whether the last returned result was an error.
     has_failed: bool,
 }
@@ -66,11 +66,11 @@ impl<T> Watch<T> {
         client: Client,
         path: String,
         query: Query,
-        pace: Pace,
+        options: WatchOptions,
         read: fn(Option<&[u8]>) -> Result<T, String>,
     ) -> Watch<T> {
         let cursor = Cursor::new(Instant::now());
-        Watch { client, path, query, pace, cursor, read, asked: None, has_failed: false }
+        Watch { client, path, query, options, cursor, read, in_flight: None, has_failed: false }
     }
 
     /// Waits for the next value that differs from the last one, or for the first value after an error. Dropping
@@ -82,21 +82,22 @@ impl<T> Watch<T> {
     /// Returns an error each time a query has no answer that can be trusted.
     pub async fn next(&mut self) -> Result<Answer<T>, ConsulError> {
         loop {
-            let (was_strong, asked) = match &mut self.asked {
-                Some((was_strong, asked)) => (*was_strong, asked),
+            let (asked_leader, in_flight) = match &mut self.in_flight {
+                Some((asked_leader, in_flight)) => (*asked_leader, in_flight),
                 None => {
                     sleep_until(self.cursor.due()).await;
                     let query = self.query();
                     let (client, path) = (self.client.clone(), self.path.clone());
-                    let asked: Asked = Box::pin(async move { client.get_or_nothing(&path, &query).await });
-                    let was_strong = self.is_strong();
-                    let (_, asked) = self.asked.insert((was_strong, asked));
-                    (was_strong, asked)
+                    let in_flight: QueryFuture =
+                        Box::pin(async move { client.get_or_nothing(&path, &query).await });
+                    let asked_leader = self.asks_leader();
+                    let (_, in_flight) = self.in_flight.insert((asked_leader, in_flight));
+                    (asked_leader, in_flight)
                 }
             };
-            let outcome = asked.await;
-            self.asked = None;
-            let taken = self.take(outcome, was_strong);
+            let outcome = in_flight.await;
+            self.in_flight = None;
+            let taken = self.process(outcome, asked_leader);
             self.has_failed = taken.is_err() || (self.has_failed && matches!(taken, Ok(None)));
             if let Some(answer) = taken? {
                 return Ok(answer);
@@ -118,46 +119,48 @@ impl<T> Watch<T> {
         Ok(Answer { value, meta: answer.meta })
     }
 
-    fn is_strong(&self) -> bool {
-        self.cursor.is_strong() || self.pace.consistency != Consistency::Stale
+    fn asks_leader(&self) -> bool {
+        self.cursor.needs_leader() || self.options.consistency != Consistency::Stale
     }
 
     fn query(&self) -> Query {
-        let Query { index, wait, view, consistency, .. } = self.pace.query(&self.cursor, self.pace.wait);
-        Query { index, wait, view, consistency, ..self.query.clone() }
+        let Query { index, wait, origin, consistency, .. } =
+            self.options.query(&self.cursor, self.options.wait);
+        Query { index, wait, origin, consistency, ..self.query.clone() }
     }
 
     /// Returns the value of an answer if it is a change.
-    fn take(
+    fn process(
         &mut self,
         outcome: Result<Answer<Option<Body>>, ConsulError>,
-        was_strong: bool,
+        asked_leader: bool,
     ) -> Result<Option<Answer<T>>, ConsulError> {
         let now = Instant::now();
         let answer = match outcome {
             Ok(answer) => answer,
             Err(error) => {
-                self.cursor.failed(now);
+                self.cursor.on_failure(now);
                 return Err(error);
             }
         };
         let mut resets = 0;
         let before = self.cursor.clone();
-        let verdict = self.cursor.took(&answer.meta, was_strong, self.pace.max_stale, now, &mut resets);
+        let verdict =
+            self.cursor.on_answer(&answer.meta, asked_leader, self.options.max_stale, now, &mut resets);
         self.client.counters().index_resets.fetch_add(resets, Ordering::Relaxed);
         match verdict {
-            Verdict::Same if !self.has_failed => Ok(None),
+            Verdict::Unchanged if !self.has_failed => Ok(None),
             Verdict::Doubtful(doubt) => {
-                tracing::debug!("{}: {doubt}: the leader is asked", self.path);
+                tracing::debug!("{}: {doubt}: the leader is in_flight", self.path);
                 Ok(None)
             }
             // After an error the value is returned even if it is unchanged, to end the caller's outage.
-            Verdict::News | Verdict::Same => match (self.read)(answer.value.as_deref()) {
+            Verdict::Changed | Verdict::Unchanged => match (self.read)(answer.value.as_deref()) {
                 Ok(value) => Ok(Some(Answer { value, meta: answer.meta })),
                 Err(wrong) => {
                     // An unusable answer counts as not received, so any later answer is a change.
                     self.cursor = before;
-                    self.cursor.failed(now);
+                    self.cursor.on_failure(now);
                     let error = self.client.bad_body(&self.path, &wrong);
                     Err(ConsulError { kind: ErrorKind::BadBody(wrong), ..error })
                 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 use vmesh_consul::{
-    Check, CheckStatus, Client, Config, Entries, ErrorKind, Pace, Query, Registration, Watch,
+    Check, CheckStatus, Client, Config, Entries, ErrorKind, Query, Registration, Watch, WatchOptions,
 };
 use vmesh_testkit::Loopback;
 use vmesh_testkit::consul::{Consul, Options};
@@ -33,7 +33,7 @@ async fn next(watch: &mut Watch<Entries>) -> String {
 async fn a_prefix_of_keys_is_watched_from_nothing_to_nothing() {
     let consul = Consul::one().await.unwrap();
     let client = client(&[&consul.url(0).unwrap()]);
-    let mut watch = client.watch_keys("mesh/docs/", Pace::default());
+    let mut watch = client.watch_keys("mesh/docs/", WatchOptions::default());
     assert_eq!(next(&mut watch).await, "absent");
     consul.put(0, "/v1/kv/mesh/docs/a%20b", &json!(1)).await.unwrap();
     assert_eq!(next(&mut watch).await, "mesh/docs/a b=1");
@@ -52,7 +52,7 @@ async fn a_prefix_of_keys_is_watched_from_nothing_to_nothing() {
 async fn the_end_of_an_outage_is_news_although_nothing_has_changed() {
     let mut consul = Consul::one().await.unwrap();
     let client = client(&[&consul.url(0).unwrap()]);
-    let mut watch = client.watch_keys("mesh/docs/", Pace::default());
+    let mut watch = client.watch_keys("mesh/docs/", WatchOptions::default());
     consul.put(0, "/v1/kv/mesh/docs/a", &json!(1)).await.unwrap();
     assert_eq!(next(&mut watch).await, "mesh/docs/a=1");
     consul.kill(0).unwrap();

@@ -244,8 +244,9 @@ async fn run(config: Config) -> Result<(), RunError> {
     tasks.spawn("forget nodes", fleet.forget_offline());
 
     let bounded = ConnectionLimits { gate: Gate::new(limits), max_age: Some(config.limits.connection_age.0) };
-    tasks
-        .spawn_draining("xds", |stop| vmesh_xds::server::serve_connections(xds, service, bounded, stopped(stop)));
+    tasks.spawn_draining("xds", |stop| {
+        vmesh_xds::server::serve_connections(xds, service, bounded, stopped(stop))
+    });
     spawn_api(&mut tasks, control, registry, api_tcp, api_socket);
     tasks.spawn("watchdog", systemd::watchdog());
     systemd::ready("serving");

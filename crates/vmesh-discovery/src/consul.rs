@@ -37,7 +37,7 @@ use std::time::Duration;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep_until};
 use vmesh_consul::{
-    Answer, Client, Consistency, ConsulError, Cursor, ErrorKind, Meta, Pace, Query, Verdict, escaped,
+    Answer, Client, Consistency, ConsulError, Cursor, ErrorKind, Meta, Query, Verdict, WatchOptions, escaped,
 };
 use vmesh_model::{Place, Problem, Registration, ServiceName};
 
@@ -74,7 +74,7 @@ pub struct ConsulSource<R = SystemResolver> {
     name: Arc<str>,
     config: ConsulConfig,
     rules: Arc<InstanceRules>,
-    pace: Pace,
+    pace: WatchOptions,
     client: Client,
     counters: Arc<Counters>,
     plan: Plan,
@@ -280,7 +280,7 @@ impl<R: Resolve> ConsulSource<R> {
             Some(QueryTarget::Catalog(at)) => {
                 let failure = "the task that reads it has failed".to_owned();
                 if let Some(dc) = self.plan.datacenters.get_mut(at) {
-                    dc.cursor.failed(now);
+                    dc.cursor.on_failure(now);
                 }
                 self.catalog_failed(at, failure.clone(), failure.into())
             }
@@ -291,7 +291,7 @@ impl<R: Resolve> ConsulSource<R> {
             Some(QueryTarget::Service(key)) => {
                 self.plan.end_query(&key);
                 if let Some(watched) = self.plan.services.get_mut(&key) {
-                    watched.cursor.failed(now);
+                    watched.cursor.on_failure(now);
                     watched.failures += 1;
                     watched.failure = Some("the task that reads it has failed".into());
                 }

@@ -9,8 +9,6 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::source::jitter;
-
 /// The limit of concurrent lookups. Each takes a thread that may wait for a dead name server.
 const MAX_LOOKUPS: usize = 16;
 /// The limit of concurrent lookups of names whose last lookup failed, so that names of a dead name server
@@ -310,7 +308,7 @@ impl<R: Resolve> HostNames<R> {
         };
         let was_late = std::mem::take(&mut name.is_late);
         name.is_under_way = false;
-        name.due = Instant::now() + interval + jitter(interval / 10);
+        name.due = Instant::now() + interval + vmesh_backoff::jitter(interval / 10);
         name.late_at = name.due + LATE;
         self.queue.insert((name.due, host.into()));
         let resolved = match addresses {

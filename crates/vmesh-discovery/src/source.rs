@@ -8,11 +8,11 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::future::Future;
-use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
+use vmesh_backoff::Backoff;
 use vmesh_model::{Problem, Registration, ServiceName, State};
 use vmesh_text::printable;
 
@@ -197,48 +197,12 @@ pub(crate) fn escape_text(text: &Arc<str>) -> Arc<str> {
     }
 }
 
-/// The back-off between calls of a failing [`Source`]: 100 ms at first, doubled after each failure up to 2 s.
+/// Makes the back-off between calls of a failing [`Source`]: 100 ms at first, doubled after each failure up to 2 s.
 ///
 /// It only keeps a source that fails at once from spinning: sources pace their own requests, and events that
 /// arrive during the wait are not lost.
-#[derive(Debug)]
-pub struct Backoff {
-    next: Duration,
-}
-
-impl Backoff {
-    const FIRST: Duration = Duration::from_millis(100);
-    const LONGEST: Duration = Duration::from_secs(2);
-
-    /// Returns the next delay. Half of it is jitter, so that sources that failed together do not retry
-    /// together.
-    pub fn draw(&mut self) -> Duration {
-        let whole = self.next;
-        self.next = (whole * 2).min(Self::LONGEST);
-        whole / 2 + jitter(whole / 2)
-    }
-
-    pub async fn wait(&mut self) {
-        tokio::time::sleep(self.draw()).await;
-    }
-
-    pub fn reset(&mut self) {
-        self.next = Self::FIRST;
-    }
-}
-
-impl Default for Backoff {
-    fn default() -> Self {
-        Backoff { next: Self::FIRST }
-    }
-}
-
-/// Returns a random duration between zero and `most`.
-pub(crate) fn jitter(most: Duration) -> Duration {
-    // The standard library seeds each hash map at random, which is random enough for jitter.
-    let random = RandomState::new().hash_one(0u8) >> 32;
-    let share = u32::try_from(random).unwrap_or_default();
-    most.mul_f64(f64::from(share) / f64::from(u32::MAX))
+pub(crate) fn call_backoff() -> Backoff {
+    Backoff::doubling(Duration::from_millis(100), Duration::from_secs(2))
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 use vmesh_model::ServiceName;
-use vmesh_zookeeper::{Counted, Mirror, View};
+use vmesh_zookeeper::{Mirror, SessionEvent, View};
 
 use crate::assemble::{Assembler, FIRST_NAMES, Statement};
 use crate::resolve::{Resolve, SystemResolver};
@@ -204,16 +204,16 @@ impl<R: Resolve> ZookeeperSource<R> {
     }
 }
 
-fn count(counters: &Counters, what: Counted) {
+fn count(counters: &Counters, what: SessionEvent) {
     match what {
-        Counted::Reads(by) => _ = counters.reads.fetch_add(by, Relaxed),
-        Counted::FailedReads(by) => _ = counters.failed_reads.fetch_add(by, Relaxed),
-        Counted::Connected => {
+        SessionEvent::Reads(by) => _ = counters.reads.fetch_add(by, Relaxed),
+        SessionEvent::FailedReads(by) => _ = counters.failed_reads.fetch_add(by, Relaxed),
+        SessionEvent::Connected => {
             counters.connects.fetch_add(1, Relaxed);
             counters.connections.fetch_add(1, Relaxed);
         }
-        Counted::Disconnected => _ = counters.connections.fetch_sub(1, Relaxed),
-        Counted::Expired => _ = counters.sessions_expired.fetch_add(1, Relaxed),
+        SessionEvent::Disconnected => _ = counters.connections.fetch_sub(1, Relaxed),
+        SessionEvent::Expired => _ = counters.sessions_expired.fetch_add(1, Relaxed),
     }
 }
 
@@ -270,7 +270,7 @@ impl<R: Resolve> Source for ZookeeperSource<R> {
 #[cfg(test)]
 mod tests {
     use vmesh_model::load::strict;
-    use vmesh_zookeeper::mirror::Seen;
+    use vmesh_zookeeper::mirror::RootView;
 
     use super::*;
 
@@ -283,7 +283,7 @@ mod tests {
     #[tokio::test]
     async fn a_server_without_a_quorum_is_better_than_nothing_and_worse_than_what_was_known() {
         let because = Some("it has lost its quorum".into());
-        let cut_off = View { roots: vec![Seen::default()], stale_because: because };
+        let cut_off = View { roots: vec![RootView::default()], stale_because: because };
         let mut knows_nothing = source(None);
         knows_nothing.handle_view(&cut_off).unwrap();
         assert!(knows_nothing.view(Instant::now()).is_some());

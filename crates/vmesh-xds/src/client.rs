@@ -2,7 +2,7 @@
 //! opened.
 
 use crate::grpc::{Failure, Messages, framed};
-use crate::{ResponseSummary, Kind};
+use crate::{Kind, ResponseSummary};
 use bytes::Bytes;
 use http::{HeaderMap, Request, header};
 use http_body::{Body, Frame};

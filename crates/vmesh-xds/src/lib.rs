@@ -23,7 +23,6 @@
 //!
 //! Rule numbers (R25) refer to `RULES.md` in this crate's folder; tests carry them in their names (`r25_..`).
 
-mod summary;
 #[cfg(any(feature = "client", feature = "server"))]
 mod grpc;
 mod kind;
@@ -33,13 +32,13 @@ mod session;
 mod snapshot;
 mod store;
 mod subscriber;
+mod summary;
 
 #[cfg(feature = "client")]
 pub mod client;
 #[cfg(feature = "server")]
 pub mod server;
 
-pub use summary::ResponseSummary;
 #[cfg(any(feature = "client", feature = "server"))]
 pub use grpc::Failure;
 pub use kind::{Kind, PerKind};
@@ -52,3 +51,4 @@ pub use session::{
 pub use snapshot::{Groups, Scope, Snapshot};
 pub use store::{Group, Store};
 pub use subscriber::{Subscriber, Ticket, Update};
+pub use summary::ResponseSummary;

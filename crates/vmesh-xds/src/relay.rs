@@ -398,7 +398,11 @@ impl Relay {
         self.accepted_revision += 1;
         match reasons.is_empty() {
             true => self.upstream.acknowledge(ticket),
-            false => self.upstream.reject_with_refusals(ticket, &reasons.join("\n"), Some(&limited_refusals(refusals))),
+            false => self.upstream.reject_with_refusals(
+                ticket,
+                &reasons.join("\n"),
+                Some(&limited_refusals(refusals)),
+            ),
         }
     }
 
@@ -427,11 +431,17 @@ impl Relay {
         }
         let unanswered = &mut self.kinds[kind].unanswered;
         while unanswered.front().is_some_and(|entry| entry.waiting.is_empty()) {
-            let Some(UnansweredResponse { ticket, reasons, refusals, .. }) = unanswered.pop_front() else { return };
+            let Some(UnansweredResponse { ticket, reasons, refusals, .. }) = unanswered.pop_front() else {
+                return;
+            };
             match (ticket, reasons.is_empty()) {
                 (Some(ticket), true) => self.upstream.acknowledge(ticket),
                 (Some(ticket), false) => {
-                    self.upstream.reject_with_refusals(ticket, &reasons.join("\n"), Some(&limited_refusals(refusals)));
+                    self.upstream.reject_with_refusals(
+                        ticket,
+                        &reasons.join("\n"),
+                        Some(&limited_refusals(refusals)),
+                    );
                 }
                 (None, _) => {}
             }
@@ -472,12 +482,8 @@ impl Relay {
         self.clients.remove(&client);
         for kind in Kind::ALL {
             let of_client = |(_, (by, _)): &(&Arc<str>, &(ClientId, Arc<str>))| *by == client;
-            let removed: Vec<_> = self.kinds[kind]
-                .unremovable
-                .iter()
-                .filter(of_client)
-                .map(|(name, _)| name.clone())
-                .collect();
+            let removed: Vec<_> =
+                self.kinds[kind].unremovable.iter().filter(of_client).map(|(name, _)| name.clone()).collect();
             for name in removed {
                 // No Envoy has the removed resource any more.
                 self.kinds[kind].unremovable.remove(&name);
@@ -523,7 +529,8 @@ impl Relay {
         }
         let fingerprint = resource.as_ref().map(|resource| resource.fingerprint());
         // Envoy may take an assignment without endpoints while the removal of that assignment is due.
-        let removed = self.kinds[kind].stop_waiting_for(name, |waiting| waiting.is_none() || waiting == fingerprint)
+        let removed = self.kinds[kind]
+            .stop_waiting_for(name, |waiting| waiting.is_none() || waiting == fingerprint)
             == Some(None);
         let served = self.store.get(kind, name).map(|served| served.fingerprint());
         let mut resource = resource;
@@ -697,7 +704,8 @@ impl KindState {
             Some(retry) => retry,
             None => Retry { pause: RETRY_FIRST, at: None, is_tried: false },
         });
-        self.rejected.insert(resource.name().clone(), RejectedResource { resource: resource.clone(), reason, retry });
+        self.rejected
+            .insert(resource.name().clone(), RejectedResource { resource: resource.clone(), reason, retry });
         resource
     }
 

@@ -16,8 +16,8 @@ use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use vmesh_xds::client::{AdsStream, BenchClient};
 use vmesh_xds::server::{
-    Admission, Admitted, AdsService, ConnectionLimits, Counters, FeedControl, Hub, Observer, PeerInfo, Refusal,
-    serve_connections,
+    Admission, Admitted, AdsService, ConnectionLimits, Counters, FeedControl, Hub, Observer, PeerInfo,
+    Refusal, serve_connections,
 };
 use vmesh_xds::{Failure, Group, Kind, Resource, Scope, SessionStatus, State, Store};
 
@@ -102,7 +102,8 @@ impl Server {
         let counters = service.counters().clone();
         let (stop, stopped) = tokio::sync::oneshot::channel();
         #[expect(clippy::disallowed_methods, reason = "a test owns it")]
-        let task = tokio::spawn(serve_connections(listener, service, bounded, async move { _ = stopped.await }));
+        let task =
+            tokio::spawn(serve_connections(listener, service, bounded, async move { _ = stopped.await }));
         let mut server = Server {
             hub,
             counters,
@@ -500,7 +501,8 @@ async fn one_address_does_not_take_every_place() {
 async fn a_connection_of_its_maximum_age_takes_leave_of_its_client() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
-    let bounded = ConnectionLimits { max_age: Some(Duration::from_millis(100)), ..ConnectionLimits::default() };
+    let bounded =
+        ConnectionLimits { max_age: Some(Duration::from_millis(100)), ..ConnectionLimits::default() };
     let server = Server::bounded(listener, format!("http://127.0.0.1:{port}"), port, bounded);
     let mut envoy = server.connect().await;
     envoy.send(&request(Kind::Cluster, "web-1")).await.unwrap();

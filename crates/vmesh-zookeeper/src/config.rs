@@ -13,7 +13,7 @@ use serde::de::{self, Deserializer};
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// The connect string: `zk1:2181,zk2:2181/chroot`.
-    pub connect: Connect,
+    pub connect: ConnectString,
     #[serde(default)]
     pub auth: Option<Auth>,
     #[serde(default)]
@@ -34,7 +34,7 @@ pub struct Config {
 
 impl Config {
     /// Returns the configuration for these servers with all defaults.
-    pub fn of(connect: Connect) -> Config {
+    pub fn of(connect: ConnectString) -> Config {
         Config {
             connect,
             auth: None,
@@ -120,13 +120,13 @@ pub enum Watch {
 
 /// A connect string: the servers, each `host:port`, and the chroot, the node that serves as the root.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Connect {
+pub struct ConnectString {
     servers: Vec<String>,
     /// Empty, or a path without a trailing slash.
     chroot: String,
 }
 
-impl Connect {
+impl ConnectString {
     pub fn servers(&self) -> &[String] {
         &self.servers
     }
@@ -137,16 +137,16 @@ impl Connect {
     }
 }
 
-impl fmt::Display for Connect {
+impl fmt::Display for ConnectString {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}{}", self.servers.join(","), self.chroot)
     }
 }
 
-impl FromStr for Connect {
+impl FromStr for ConnectString {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Connect, String> {
+    fn from_str(text: &str) -> Result<ConnectString, String> {
         let (servers, chroot) = match text.find('/') {
             Some(at) => text.split_at(at),
             None => (text, ""),
@@ -161,11 +161,11 @@ impl FromStr for Connect {
             check_path(chroot).map_err(|wrong| format!("the chroot {wrong}"))?;
         }
         let servers = servers.split(',').map(|server| server_of(server.trim())).collect::<Result<_, _>>()?;
-        Ok(Connect { servers, chroot: chroot.to_owned() })
+        Ok(ConnectString { servers, chroot: chroot.to_owned() })
     }
 }
 
-impl<'de> Deserialize<'de> for Connect {
+impl<'de> Deserialize<'de> for ConnectString {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
     }
@@ -244,7 +244,7 @@ mod tests {
     use super::*;
 
     fn connect(text: &str) -> String {
-        match text.parse::<Connect>() {
+        match text.parse::<ConnectString>() {
             Ok(connect) => format!("{:?} {:?} {connect}", connect.servers(), connect.chroot()),
             Err(wrong) => wrong,
         }
@@ -296,9 +296,9 @@ mod tests {
 
     #[test]
     fn a_configuration_has_servers_and_what_is_built_in() {
-        expect![[r#"Config { connect: Connect { servers: ["zk1:2181"], chroot: "" }, auth: None, sasl: None, tls: None, session_timeout: 10s, read_only: true, watch: Auto }"#]]
+        expect![[r#"Config { connect: ConnectString { servers: ["zk1:2181"], chroot: "" }, auth: None, sasl: None, tls: None, session_timeout: 10s, read_only: true, watch: Auto }"#]]
             .assert_eq(&config(r#"{"connect": "zk1"}"#));
-        expect![[r#"Config { connect: Connect { servers: ["zk1:2181"], chroot: "" }, auth: Some(Auth { digest_file: "/etc/d" }), sasl: Some(Sasl { mechanism: DigestMd5, credentials_file: "/etc/s" }), tls: Some(Tls { ca_file: "/etc/ca", cert_file: None, key_file: None }), session_timeout: 30s, read_only: false, watch: OneShot }"#]].assert_eq(&config(
+        expect![[r#"Config { connect: ConnectString { servers: ["zk1:2181"], chroot: "" }, auth: Some(Auth { digest_file: "/etc/d" }), sasl: Some(Sasl { mechanism: DigestMd5, credentials_file: "/etc/s" }), tls: Some(Tls { ca_file: "/etc/ca", cert_file: None, key_file: None }), session_timeout: 30s, read_only: false, watch: OneShot }"#]].assert_eq(&config(
             r#"{"connect": "zk1", "auth": {"digest_file": "/etc/d"}, "sasl": {"credentials_file": "/etc/s"},
                 "tls": {"ca_file": "/etc/ca"}, "session_timeout": "30s", "read_only": false, "watch": "one-shot"}"#,
         ));

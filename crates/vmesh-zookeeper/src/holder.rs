@@ -15,15 +15,18 @@ use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
+use vmesh_backoff::Backoff;
 use zookeeper_client as zk;
 
 use crate::config::{Config, check_path};
-use crate::session::{Backoff, Connection, Count, Counted, Error, Secrets, is_of_session, open};
+use crate::session::{
+    ConnectionGauge, Error, EventSink, Secrets, SessionEvent, is_of_session, open, session_backoff,
+};
 use crate::tree::{Owner, join};
 
 /// The node to hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Wanted {
+pub struct NodeSpec {
     /// The absolute path, below the chroot if there is one. For a sequential node, the prefix before its
     /// number.
     pub path: String,
@@ -33,7 +36,7 @@ pub struct Wanted {
 
 /// The state of the held node.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Standing {
+pub enum HolderStatus {
     /// The node does not exist, or its state is unknown; with the reason.
     Waiting(Arc<str>),
     /// The node exists under this path.
@@ -42,7 +45,7 @@ pub enum Standing {
     Withdrawn,
 }
 
-enum Order {
+enum HolderCommand {
     Update(Bytes),
     Withdraw(oneshot::Sender<Result<(), Error>>),
 }
@@ -50,9 +53,9 @@ enum Order {
 /// Holds one ephemeral node. Dropping the holder ends the session, and with it the node, but does not wait for
 /// that.
 pub struct Holder {
-    orders: mpsc::UnboundedSender<Order>,
-    standing: watch::Receiver<Standing>,
-    keeper: JoinSet<()>,
+    commands: mpsc::UnboundedSender<HolderCommand>,
+    status: watch::Receiver<HolderStatus>,
+    task: JoinSet<()>,
     session_timeout: Duration,
 }
 
@@ -60,41 +63,41 @@ impl Holder {
     /// Starts to hold the node `spec`. Needs a tokio runtime. The error describes a path that no node can have.
     pub fn start(
         config: Config,
-        wanted: Wanted,
-        count: impl Fn(Counted) + Send + Sync + 'static,
+        spec: NodeSpec,
+        count: impl Fn(SessionEvent) + Send + Sync + 'static,
     ) -> Result<Holder, String> {
-        check_path(&wanted.path)?;
-        if wanted.path == "/" || (wanted.sequential && wanted.path.ends_with('/')) {
-            return Err(format!("`{}` is not the path of a node that can be made", wanted.path));
+        check_path(&spec.path)?;
+        if spec.path == "/" || (spec.sequential && spec.path.ends_with('/')) {
+            return Err(format!("`{}` is not the path of a node that can be made", spec.path));
         }
-        let (orders, ordered) = mpsc::unbounded_channel();
-        let (tell, standing) = watch::channel(Standing::Waiting("it has just been asked for".into()));
+        let (commands, received) = mpsc::unbounded_channel();
+        let (publish, status) = watch::channel(HolderStatus::Waiting("it has just been asked for".into()));
         let session_timeout = config.session_timeout;
-        let keeper = Keeper {
+        let task = HolderTask {
             config,
-            wanted,
+            spec,
             count: Arc::new(count),
-            tell,
-            orders: ordered,
-            backoff: Backoff::new(),
-            stands_since: None,
+            publish,
+            commands: received,
+            backoff: session_backoff(),
+            exists_since: None,
             held: None,
             withdraw: None,
             is_old: false,
         };
         let mut tasks = JoinSet::new();
-        tasks.spawn(keeper.run());
-        Ok(Holder { orders, standing, keeper: tasks, session_timeout })
+        tasks.spawn(task.run());
+        Ok(Holder { commands, status, task: tasks, session_timeout })
     }
 
-    pub fn standing(&self) -> Standing {
-        self.standing.borrow().clone()
+    pub fn status(&self) -> HolderStatus {
+        self.status.borrow().clone()
     }
 
     /// Waits until the status differs from the one that was last returned. Dropping the future loses no change.
-    pub async fn changed(&mut self) -> Standing {
-        match self.standing.changed().await {
-            Ok(()) => self.standing.borrow_and_update().clone(),
+    pub async fn changed(&mut self) -> HolderStatus {
+        match self.status.changed().await {
+            Ok(()) => self.status.borrow_and_update().clone(),
             Err(_) => std::future::pending().await,
         }
     }
@@ -102,43 +105,43 @@ impl Holder {
     /// Replaces the data of the node.
     pub fn update(&self, data: Bytes) {
         // Sending fails only if the task has ended, and then no node is held.
-        _ = self.orders.send(Order::Update(data));
+        _ = self.commands.send(HolderCommand::Update(data));
     }
 
     /// Deletes the node and returns once its absence is confirmed. After an error or the timeout `within`, the
     /// node disappears when its session expires.
     pub async fn withdraw(mut self, within: Duration) -> Result<(), Error> {
         let (reply, done) = oneshot::channel();
-        let given_up = |why: String| Error::Request {
+        let timed_out = |why: String| Error::Request {
             what: "withdraw the node",
-            path: match self.standing() {
-                Standing::Held(path) => path.to_string(),
+            path: match self.status() {
+                HolderStatus::Held(path) => path.to_string(),
                 _ => "that is held".to_owned(),
             },
             why: format!("{why}; it goes with its session, within {:?}", self.session_timeout),
         };
-        if self.orders.send(Order::Withdraw(reply)).is_err() {
+        if self.commands.send(HolderCommand::Withdraw(reply)).is_err() {
             return Err(Error::Ended);
         }
         let result = match timeout(within, done).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(Error::Ended),
-            Err(_) => Err(given_up(format!("it took longer than {within:?}"))),
+            Err(_) => Err(timed_out(format!("it took longer than {within:?}"))),
         };
-        self.keeper.shutdown().await;
+        self.task.shutdown().await;
         result
     }
 }
 
-struct Keeper {
+struct HolderTask {
     config: Config,
-    wanted: Wanted,
-    count: Count,
-    tell: watch::Sender<Standing>,
-    orders: mpsc::UnboundedReceiver<Order>,
+    spec: NodeSpec,
+    count: EventSink,
+    publish: watch::Sender<HolderStatus>,
+    commands: mpsc::UnboundedReceiver<HolderCommand>,
     backoff: Backoff,
     /// The time since when the node has existed without interruption.
-    stands_since: Option<Instant>,
+    exists_since: Option<Instant>,
     /// The path under which the node last existed.
     held: Option<String>,
     /// The caller that waits for the withdrawal.
@@ -148,24 +151,24 @@ struct Keeper {
 }
 
 /// The reason why a session ended.
-enum Over {
+enum SessionEnd {
     Because(Error),
     Withdrawn,
 }
 
-impl Keeper {
+impl HolderTask {
     async fn run(mut self) {
         loop {
             match self.session().await {
-                Over::Withdrawn => {
-                    self.tell.send_replace(Standing::Withdrawn);
+                SessionEnd::Withdrawn => {
+                    self.publish.send_replace(HolderStatus::Withdrawn);
                     return;
                 }
-                Over::Because(error) => {
-                    self.waiting(&error);
+                SessionEnd::Because(error) => {
+                    self.publish_waiting(&error);
                     let wait = self.pause();
-                    if self.obeying(sleep(wait)).await.is_none() {
-                        self.tell.send_replace(Standing::Withdrawn);
+                    if self.process_commands_until(sleep(wait)).await.is_none() {
+                        self.publish.send_replace(HolderStatus::Withdrawn);
                         return;
                     }
                 }
@@ -176,19 +179,19 @@ impl Keeper {
     /// Returns the pause before the next attempt. The back-off starts anew if the node has existed for longer
     /// than that: a session that expires now and then must not delay the node.
     fn pause(&mut self) -> Duration {
-        let pause = self.backoff.draw();
-        if self.stands_since.take().is_some_and(|since| since.elapsed() > pause) {
+        let pause = self.backoff.next_pause();
+        if self.exists_since.take().is_some_and(|since| since.elapsed() > pause) {
             self.backoff.reset();
-            return self.backoff.draw();
+            return self.backoff.next_pause();
         }
         pause
     }
 
-    fn waiting(&self, error: &Error) {
+    fn publish_waiting(&self, error: &Error) {
         let because: Arc<str> = error.line().into();
-        self.tell.send_if_modified(|standing| {
-            let now = Standing::Waiting(because);
-            std::mem::replace(standing, now.clone()) != now
+        self.publish.send_if_modified(|status| {
+            let now = HolderStatus::Waiting(because);
+            std::mem::replace(status, now.clone()) != now
         });
     }
 
@@ -198,45 +201,45 @@ impl Keeper {
 
     /// Waits for `future` without a session, and processes commands meanwhile. Returns `None` if the holder was
     /// dropped, or if a node was withdrawn that never existed.
-    async fn obeying<T>(&mut self, what: impl Future<Output = T>) -> Option<T> {
-        let mut what = pin!(what);
+    async fn process_commands_until<T>(&mut self, future: impl Future<Output = T>) -> Option<T> {
+        let mut future = pin!(future);
         loop {
             tokio::select! {
-                done = &mut what => return Some(done),
-                order = self.orders.recv(), if self.withdraw.is_none() => match order {
-                    Some(Order::Update(data)) => self.wanted.data = data,
-                    Some(Order::Withdraw(reply)) if self.held.is_none() => {
+                done = &mut future => return Some(done),
+                command = self.commands.recv(), if self.withdraw.is_none() => match command {
+                    Some(HolderCommand::Update(data)) => self.spec.data = data,
+                    Some(HolderCommand::Withdraw(reply)) if self.held.is_none() => {
                         _ = reply.send(Ok(()));
                         return None;
                     }
                     // The caller waits until the node is withdrawn in a later session, or its timeout passes.
-                    Some(Order::Withdraw(reply)) => self.withdraw = Some(reply),
+                    Some(HolderCommand::Withdraw(reply)) => self.withdraw = Some(reply),
                     None => return None,
                 },
             }
         }
     }
 
-    async fn session(&mut self) -> Over {
+    async fn session(&mut self) -> SessionEnd {
         let (config, is_old) = (self.config.clone(), self.is_old);
         let opened = async {
             let secrets = Secrets::read(&config).await?;
             let client = open(&config, &secrets, false, is_old).await?;
             Ok::<_, Error>((secrets, client))
         };
-        let (secrets, client) = match self.obeying(opened).await {
+        let (secrets, client) = match self.process_commands_until(opened).await {
             Some(Ok(opened)) => opened,
-            Some(Err(error)) => return Over::Because(error),
-            None => return Over::Withdrawn,
+            Some(Err(error)) => return SessionEnd::Because(error),
+            None => return SessionEnd::Withdrawn,
         };
         let mut states = client.state_watcher();
-        let mut connection = Some(Connection::new(&self.count));
+        let mut connection = Some(ConnectionGauge::new(&self.count));
         loop {
-            let stood = tokio::select! {
+            let outcome = tokio::select! {
                 state = states.changed() => Err(state),
-                stood = self.stand(&client, secrets.name_somebody()) => Ok(stood),
+                outcome = self.hold_until_change(&client, secrets.has_identity()) => Ok(outcome),
             };
-            let state = match stood {
+            let state = match outcome {
                 Ok(Ok(Some(over))) => return over,
                 // The node was deleted or replaced.
                 Ok(Ok(None)) => {
@@ -246,22 +249,24 @@ impl Keeper {
                 Ok(Err(error)) if is_of_session(&error) && error != zk::Error::Throttled => {
                     match timeout(2 * self.config.session_timeout, states.changed()).await {
                         Ok(state) => state,
-                        Err(_) => return Over::Because(Error::request("hold", &self.wanted.path, &error)),
+                        Err(_) => {
+                            return SessionEnd::Because(Error::request("hold", &self.spec.path, &error));
+                        }
                     }
                 }
                 Ok(Err(zk::Error::Unimplemented)) => {
                     self.is_old = true;
-                    return Over::Because(self.lost("ended: its server is older than 3.5"));
+                    return SessionEnd::Because(self.lost("ended: its server is older than 3.5"));
                 }
                 Ok(Err(error)) => {
                     // The session is alive, but the server rejects the request.
-                    self.waiting(&Error::request("hold", &self.wanted.path, &error));
+                    self.publish_waiting(&Error::request("hold", &self.spec.path, &error));
                     let wait = self.pause();
-                    if self.obeying(sleep(wait)).await.is_none() {
-                        return Over::Withdrawn;
+                    if self.process_commands_until(sleep(wait)).await.is_none() {
+                        return SessionEnd::Withdrawn;
                     }
                     if Secrets::read(&self.config).await.is_ok_and(|now| now != secrets) {
-                        return Over::Because(self.lost("ended, to begin with other credentials"));
+                        return SessionEnd::Because(self.lost("ended, to begin with other credentials"));
                     }
                     continue;
                 }
@@ -270,19 +275,21 @@ impl Keeper {
             match state {
                 zk::SessionState::Disconnected => {
                     connection = None;
-                    self.waiting(&self.lost("has lost its connection; the node stands until it expires"));
+                    self.publish_waiting(
+                        &self.lost("has lost its connection; the node stands until it expires"),
+                    );
                 }
                 zk::SessionState::Expired => {
-                    (self.count)(Counted::Expired);
-                    return Over::Because(self.lost("expired"));
+                    (self.count)(SessionEvent::Expired);
+                    return SessionEnd::Because(self.lost("expired"));
                 }
                 zk::SessionState::AuthFailed => {
-                    return Over::Because(Error::Refused { servers: self.config.connect.to_string() });
+                    return SessionEnd::Because(Error::Refused { servers: self.config.connect.to_string() });
                 }
-                zk::SessionState::Closed => return Over::Because(self.lost("was closed")),
+                zk::SessionState::Closed => return SessionEnd::Because(self.lost("was closed")),
                 _ => {
                     if connection.is_none() {
-                        connection = Some(Connection::new(&self.count));
+                        connection = Some(ConnectionGauge::new(&self.count));
                     }
                 }
             }
@@ -291,11 +298,15 @@ impl Keeper {
 
     /// Creates the node if needed and waits until it may no longer exist as specified, or until it is
     /// withdrawn.
-    async fn stand(&mut self, client: &zk::Client, is_somebody: bool) -> Result<Option<Over>, zk::Error> {
+    async fn hold_until_change(
+        &mut self,
+        client: &zk::Client,
+        has_identity: bool,
+    ) -> Result<Option<SessionEnd>, zk::Error> {
         if let Some(path) = self.held.clone().filter(|_| self.withdraw.is_some()) {
-            return self.take_away(client, &path).await;
+            return self.withdraw_node(client, &path).await;
         }
-        let path = self.ensure(client, is_somebody).await?;
+        let path = self.find_or_create(client, has_identity).await?;
         self.held = Some(path.clone());
         loop {
             let (data, stat, watcher) = match client.get_and_watch_data(&path).await {
@@ -306,14 +317,14 @@ impl Keeper {
             if !is_mine(client, stat.ephemeral_owner) {
                 return Ok(None);
             }
-            if data != self.wanted.data {
-                client.set_data(&path, &self.wanted.data, None).await?;
+            if data != self.spec.data {
+                client.set_data(&path, &self.spec.data, None).await?;
                 continue;
             }
-            self.stands_since.get_or_insert_with(Instant::now);
-            let now = Standing::Held(path.as_str().into());
-            self.tell.send_if_modified(|standing| std::mem::replace(standing, now.clone()) != now);
-            let order = tokio::select! {
+            self.exists_since.get_or_insert_with(Instant::now);
+            let now = HolderStatus::Held(path.as_str().into());
+            self.publish.send_if_modified(|status| std::mem::replace(status, now.clone()) != now);
+            let command = tokio::select! {
                 event = watcher.changed() => {
                     if event.event_type != zk::EventType::NodeDataChanged {
                         return Ok(None);
@@ -322,24 +333,28 @@ impl Keeper {
                     sleep(self.pause()).await;
                     continue;
                 }
-                order = self.orders.recv() => order,
+                command = self.commands.recv() => command,
             };
-            match order {
-                Some(Order::Update(data)) => {
-                    self.wanted.data = data;
+            match command {
+                Some(HolderCommand::Update(data)) => {
+                    self.spec.data = data;
                     self.backoff.reset();
                 }
-                Some(Order::Withdraw(reply)) => {
+                Some(HolderCommand::Withdraw(reply)) => {
                     self.withdraw = Some(reply);
-                    return self.take_away(client, &path).await;
+                    return self.withdraw_node(client, &path).await;
                 }
-                None => return Ok(Some(Over::Withdrawn)),
+                None => return Ok(Some(SessionEnd::Withdrawn)),
             }
         }
     }
 
-    async fn take_away(&mut self, client: &zk::Client, path: &str) -> Result<Option<Over>, zk::Error> {
-        let result = match withdrawn(client, path).await {
+    async fn withdraw_node(
+        &mut self,
+        client: &zk::Client,
+        path: &str,
+    ) -> Result<Option<SessionEnd>, zk::Error> {
+        let result = match delete_and_confirm(client, path).await {
             Ok(()) => Ok(()),
             Err(error) if is_of_session(&error) => return Err(error),
             Err(error) => Err(Error::request("withdraw", path, &error)),
@@ -347,16 +362,16 @@ impl Keeper {
         if let Some(reply) = self.withdraw.take() {
             _ = reply.send(result);
         }
-        Ok(Some(Over::Withdrawn))
+        Ok(Some(SessionEnd::Withdrawn))
     }
 
     /// Creates the node, or finds it, and returns its path.
-    async fn ensure(&mut self, client: &zk::Client, is_somebody: bool) -> Result<String, zk::Error> {
-        let wanted = self.wanted.path.clone();
-        let (parent, name) = match wanted.rsplit_once('/') {
+    async fn find_or_create(&mut self, client: &zk::Client, has_identity: bool) -> Result<String, zk::Error> {
+        let spec = self.spec.path.clone();
+        let (parent, name) = match spec.rsplit_once('/') {
             Some(("", name)) => ("/", name),
             Some((parent, name)) => (parent, name),
-            None => ("/", wanted.as_str()),
+            None => ("/", spec.as_str()),
         };
         if parent != "/" {
             self.make_parents(client, parent).await?;
@@ -366,13 +381,13 @@ impl Keeper {
             zk::Acl::new(zk::Permission::ALL, zk::AuthId::new("auth", "")),
             zk::Acl::new(zk::Permission::READ, zk::AuthId::anyone()),
         ];
-        let acls = if is_somebody { zk::Acls::new(&mine) } else { zk::Acls::anyone_all() };
-        if self.wanted.sequential {
-            return self.ensure_sequential(client, parent, name, acls).await;
+        let acls = if has_identity { zk::Acls::new(&mine) } else { zk::Acls::anyone_all() };
+        if self.spec.sequential {
+            return self.find_or_create_sequential(client, parent, name, acls).await;
         }
-        let path = wanted;
+        let path = spec;
         let ephemeral = zk::CreateMode::Ephemeral.with_acls(acls);
-        match client.create(&path, &self.wanted.data, &ephemeral).await {
+        match client.create(&path, &self.spec.data, &ephemeral).await {
             Ok(_) => return Ok(path),
             Err(zk::Error::NodeExists) => {}
             Err(error) => return Err(error),
@@ -385,7 +400,7 @@ impl Keeper {
                 );
                 let mut both = client.new_multi_writer();
                 both.add_delete(&path, Some(stat.version))?;
-                both.add_create(&path, &self.wanted.data, &ephemeral)?;
+                both.add_create(&path, &self.spec.data, &ephemeral)?;
                 both.commit().await?;
                 Ok(path)
             }
@@ -394,7 +409,7 @@ impl Keeper {
     }
 
     /// A new sequential node has a new name, and the holder creates it before it deletes its older nodes.
-    async fn ensure_sequential(
+    async fn find_or_create_sequential(
         &self,
         client: &zk::Client,
         parent: &str,
@@ -422,7 +437,7 @@ impl Keeper {
                 Owner::Session(_) if is_mine(client, stat.ephemeral_owner) => mine = Some(path),
                 // The node belongs to an earlier session of this process, or to another instance with the same
                 // data.
-                Owner::Session(_) if was_held || data == self.wanted.data => older.push(path),
+                Owner::Session(_) if was_held || data == self.spec.data => older.push(path),
                 _ => {}
             }
         }
@@ -430,8 +445,8 @@ impl Keeper {
             Some(path) => path,
             None => {
                 let ephemeral = zk::CreateMode::EphemeralSequential.with_acls(acls);
-                let (_, sequence) = client.create(&self.wanted.path, &self.wanted.data, &ephemeral).await?;
-                format!("{}{sequence}", self.wanted.path)
+                let (_, sequence) = client.create(&self.spec.path, &self.spec.data, &ephemeral).await?;
+                format!("{}{sequence}", self.spec.path)
             }
         };
         for older in older {
@@ -454,7 +469,7 @@ impl Keeper {
     }
 }
 
-async fn withdrawn(client: &zk::Client, path: &str) -> Result<(), zk::Error> {
+async fn delete_and_confirm(client: &zk::Client, path: &str) -> Result<(), zk::Error> {
     match client.delete(path, None).await {
         Ok(()) | Err(zk::Error::NoNode) => {}
         Err(error) => return Err(error),

@@ -21,15 +21,15 @@
 //! **Invariant:** no noun of the mesh, and no other crate of vmesh than `vmesh-backoff`: `cargo tree -p
 //! vmesh-zookeeper -e normal` lists none.
 
+mod bulk_read;
 pub mod config;
 pub mod holder;
 pub mod mirror;
-mod pass;
 pub mod session;
 pub mod tree;
 
 pub use config::Config;
 pub use holder::Holder;
 pub use mirror::{Mirror, Root, View};
-pub use session::{Counted, Error};
+pub use session::{Error, SessionEvent};
 pub use tree::{Node, Owner, Stat};

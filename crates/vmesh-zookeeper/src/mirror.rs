@@ -26,25 +26,28 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
+use vmesh_backoff::{Backoff, jitter};
 use zookeeper_client as zk;
 
+use crate::bulk_read::{self, ExceededLimit, Findings, OneShots, ReadScope, ReadStart, depth};
 use crate::config::{Config, Watch, check_path};
-use crate::pass::{self, Excess, Findings, OneShots, Start, Want, depth};
-use crate::session::{Backoff, Connection, Count, Counted, Error, Secrets, is_of_session, jitter};
+use crate::session::{
+    ConnectionGauge, Error, EventSink, Secrets, SessionEvent, is_of_session, session_backoff,
+};
 use crate::tree::{Node, build, put};
 
 /// The interval at which unreadable nodes are read again and the files with credentials are checked.
-const RETRY: Duration = Duration::from_secs(30);
+const RETRY_INTERVAL: Duration = Duration::from_secs(30);
 /// The interval at which everything is read without an event, to correct whatever a watch has missed. A random
 /// part spreads the reads of many mirrors.
-const VERIFY: Duration = Duration::from_secs(600);
+const VERIFY_INTERVAL: Duration = Duration::from_secs(600);
 /// The minimum time between two complete reads, even if a connection is lost again and again.
-const PACE: Duration = Duration::from_secs(1);
+const MIN_READ_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a server is remembered as one without persistent watches. An upgraded server is used with
 /// persistent watches after this time.
-const OLD: Duration = Duration::from_secs(3600);
+const OLD_SERVER_MEMORY: Duration = Duration::from_secs(3600);
 /// How long the mirror stays with a server that only answers reads before it tries the other servers again.
-const READ_ONLY: Duration = Duration::from_secs(30);
+const READ_ONLY_STAY: Duration = Duration::from_secs(30);
 
 /// The default limit of the data and names of one root, in bytes: 200,000 nodes of 1 KiB fit.
 const MAX_BYTES: usize = 256 << 20;
@@ -59,11 +62,11 @@ pub struct Root {
     pub max_nodes: usize,
     /// The limit of the nodes' data and names together, in bytes; applied like `max_nodes`.
     pub max_bytes: usize,
-    keep: Keep,
+    filter: NodeFilter,
 }
 
 /// A filter for nodes, called with the path relative to the root, such as `a/b`.
-type Keep = Arc<dyn Fn(&str) -> bool + Send + Sync>;
+type NodeFilter = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
 impl Root {
     /// Makes a root with the default limits: 16 levels, 200,000 nodes, 256 MiB. `path` is absolute, below the
@@ -71,13 +74,13 @@ impl Root {
     pub fn new(path: impl Into<String>) -> Result<Root, String> {
         let path = path.into();
         check_path(&path)?;
-        Ok(Root { path, max_depth: 16, max_nodes: 200_000, max_bytes: MAX_BYTES, keep: Arc::new(|_| true) })
+        Ok(Root { path, max_depth: 16, max_nodes: 200_000, max_bytes: MAX_BYTES, filter: Arc::new(|_| true) })
     }
 
     /// Ignores each node for which `filter` returns `false`, with all nodes below it. The filter gets paths
     /// relative to the root.
-    pub fn keeping(mut self, keep: impl Fn(&str) -> bool + Send + Sync + 'static) -> Root {
-        self.keep = Arc::new(keep);
+    pub fn with_filter(mut self, filter: impl Fn(&str) -> bool + Send + Sync + 'static) -> Root {
+        self.filter = Arc::new(filter);
         self
     }
 
@@ -95,17 +98,17 @@ impl Root {
         depth(&self.path, path) >= self.max_depth
     }
 
-    pub(crate) fn wants(&self, path: &str) -> bool {
-        (self.keep)(self.relative(path))
+    pub(crate) fn accepts(&self, path: &str) -> bool {
+        (self.filter)(self.relative(path))
     }
 
     /// Reports whether the mirror reads the node at `path`.
-    fn covers(&self, path: &str) -> bool {
+    fn reads(&self, path: &str) -> bool {
         let relative = self.relative(path);
         let mut above = relative.match_indices('/').map(|(at, _)| relative.get(..at).unwrap_or_default());
         depth(&self.path, path) <= self.max_depth
-            && above.all(|above| (self.keep)(above))
-            && (relative.is_empty() || (self.keep)(relative))
+            && above.all(|above| (self.filter)(above))
+            && (relative.is_empty() || (self.filter)(relative))
     }
 }
 
@@ -119,46 +122,50 @@ impl fmt::Debug for Root {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct View {
     /// One entry per root, in the order of [`Mirror::new`]; empty until everything was read once.
-    pub roots: Vec<Seen>,
+    pub roots: Vec<RootView>,
     /// The reason why the copy may be out of date.
     pub stale_because: Option<Arc<str>>,
 }
 
 /// A mirror's copy of one root.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Seen {
+pub struct RootView {
     /// `None` if the root node does not exist or was never readable.
     pub tree: Option<Arc<Node>>,
     /// The reason why the root cannot be read now; `tree` is then its last known content.
     pub failed: Option<Arc<str>>,
 }
 
-type Confirm = oneshot::Sender<Result<View, Error>>;
+type ConfirmReply = oneshot::Sender<Result<View, Error>>;
 
 /// Mirrors some roots. Dropping the mirror ends its task and its session.
 pub struct Mirror {
-    shared: Arc<Shared>,
+    shared: Arc<MirrorShared>,
     views: watch::Receiver<View>,
-    confirms: mpsc::Sender<Confirm>,
+    confirms: mpsc::Sender<ConfirmReply>,
     driver: JoinSet<()>,
     backoff: Backoff,
 }
 
-struct Shared {
+struct MirrorShared {
     config: Config,
     roots: Vec<Root>,
-    count: Count,
+    count: EventSink,
     views: watch::Sender<View>,
 }
 
 impl Mirror {
     /// Makes a mirror. It connects when [`Mirror::changed`] or [`Mirror::confirm`] is first polled, which needs
     /// a tokio runtime.
-    pub fn new(config: Config, roots: Vec<Root>, count: impl Fn(Counted) + Send + Sync + 'static) -> Mirror {
+    pub fn new(
+        config: Config,
+        roots: Vec<Root>,
+        count: impl Fn(SessionEvent) + Send + Sync + 'static,
+    ) -> Mirror {
         let (publish, views) = watch::channel(View::default());
-        let shared = Arc::new(Shared { config, roots, count: Arc::new(count), views: publish });
+        let shared = Arc::new(MirrorShared { config, roots, count: Arc::new(count), views: publish });
         let (confirms, _) = mpsc::channel(1);
-        Mirror { shared, views, confirms, driver: JoinSet::new(), backoff: Backoff::new() }
+        Mirror { shared, views, confirms, driver: JoinSet::new(), backoff: session_backoff() }
     }
 
     /// Waits for a view that differs from the last one that this returned. Dropping the future loses no change.
@@ -206,13 +213,13 @@ impl Mirror {
     fn restart(&mut self) {
         let because: Arc<str> = Error::Ended.line().into();
         self.shared.views.send_modify(|view| view.stale_because = Some(because));
-        let wait = self.backoff.draw();
+        let wait = self.backoff.next_pause();
         self.drive(wait);
     }
 }
 
 /// The reason why a connection ended.
-enum Ended {
+enum ConnectionEnd {
     State(zk::SessionState),
     Error(Error),
 }
@@ -224,33 +231,33 @@ enum Watches {
 }
 
 struct Driver {
-    shared: Arc<Shared>,
-    confirms: mpsc::Receiver<Confirm>,
-    seen: Vec<Seen>,
+    shared: Arc<MirrorShared>,
+    confirms: mpsc::Receiver<ConfirmReply>,
+    seen: Vec<RootView>,
     /// Whether everything was read once.
     has_read: bool,
     /// The nodes that could not be read, by root.
-    refused: BTreeSet<(usize, String)>,
+    unreadable: BTreeSet<(usize, String)>,
     backoff: Backoff,
-    last_whole: Option<Instant>,
+    last_complete_read: Option<Instant>,
     /// The last time at which a server rejected persistent watches; it closes the connection too.
     refused_persistent: Option<Instant>,
 }
 
 impl Driver {
     /// Makes a driver that continues with the published view of an earlier one.
-    fn new(shared: Arc<Shared>, confirms: mpsc::Receiver<Confirm>) -> Driver {
+    fn new(shared: Arc<MirrorShared>, confirms: mpsc::Receiver<ConfirmReply>) -> Driver {
         let mut seen = shared.views.borrow().roots.clone();
         let has_read = !seen.is_empty();
-        seen.resize_with(shared.roots.len(), Seen::default);
+        seen.resize_with(shared.roots.len(), RootView::default);
         Driver {
             shared,
             confirms,
             seen,
             has_read,
-            refused: BTreeSet::new(),
-            backoff: Backoff::new(),
-            last_whole: None,
+            unreadable: BTreeSet::new(),
+            backoff: session_backoff(),
+            last_complete_read: None,
             refused_persistent: None,
         }
     }
@@ -258,19 +265,19 @@ impl Driver {
     async fn run(mut self) {
         loop {
             let error = self.session().await;
-            let because = self.stale(&error);
-            let wait = self.backoff.draw();
+            let because = self.mark_stale(&error);
+            let wait = self.backoff.next_pause();
             tracing::debug!("{because}; next attempt in {wait:?}");
-            self.refusing(sleep(wait)).await;
+            self.reject_confirms_until(sleep(wait)).await;
         }
     }
 
     /// Waits for `future` without a connection, and rejects requests for confirmation meanwhile.
-    async fn refusing<T>(&mut self, what: impl Future<Output = T>) -> T {
-        let mut what = pin!(what);
+    async fn reject_confirms_until<T>(&mut self, future: impl Future<Output = T>) -> T {
+        let mut future = pin!(future);
         loop {
             tokio::select! {
-                done = &mut what => return done,
+                done = &mut future => return done,
                 Some(reply) = self.confirms.recv() => {
                     let servers = self.shared.config.connect.to_string();
                     _ = reply.send(Err(Error::Lost { servers, why: "is not connected" }));
@@ -279,7 +286,7 @@ impl Driver {
         }
     }
 
-    fn stale(&self, error: &Error) -> Arc<str> {
+    fn mark_stale(&self, error: &Error) -> Arc<str> {
         let because: Arc<str> = error.line().into();
         self.shared.views.send_if_modified(|view| {
             let is_news = view.stale_because.as_ref() != Some(&because);
@@ -291,7 +298,7 @@ impl Driver {
 
     fn publish(&self, stale_because: Option<Arc<str>>) {
         self.shared.views.send_if_modified(|view| {
-            let is_news = view.stale_because != stale_because || !same(&view.roots, &self.seen);
+            let is_news = view.stale_because != stale_because || !is_unchanged(&view.roots, &self.seen);
             if is_news {
                 *view = View { roots: self.seen.clone(), stale_because };
             }
@@ -312,22 +319,22 @@ impl Driver {
                 crate::session::open(&shared.config, &secrets, shared.config.read_only, false).await?;
             Ok::<_, Error>((secrets, client))
         };
-        let (secrets, client) = match self.refusing(opened).await {
+        let (secrets, client) = match self.reject_confirms_until(opened).await {
             Ok(opened) => opened,
             Err(error) => return error,
         };
         let mut states = client.state_watcher();
         let mut watches = None;
         loop {
-            let connection = Connection::new(&shared.count);
+            let connection = ConnectionGauge::new(&shared.count);
             let ended = self.connection(&client, &mut states, &mut watches, &secrets).await;
             drop(connection);
             let mut state = match ended {
-                Ended::State(state) => state,
-                Ended::Error(error) => return error,
+                ConnectionEnd::State(state) => state,
+                ConnectionEnd::Error(error) => return error,
             };
             if state == zk::SessionState::Disconnected {
-                self.stale(&self.lost("has lost its connection; another is being made"));
+                self.mark_stale(&self.lost("has lost its connection; another is being made"));
                 // After a reconnect the client would restore its one-shot watches, 128 KiB of paths per
                 // request, which servers reject. It also does not read changed credentials. Both cases need a
                 // new session.
@@ -337,11 +344,11 @@ impl Driver {
                 }
             }
             while state == zk::SessionState::Disconnected {
-                state = self.refusing(states.changed()).await;
+                state = self.reject_confirms_until(states.changed()).await;
             }
             match state {
                 zk::SessionState::Expired => {
-                    (shared.count)(Counted::Expired);
+                    (shared.count)(SessionEvent::Expired);
                     return self.lost("expired");
                 }
                 zk::SessionState::AuthFailed => {
@@ -360,48 +367,48 @@ impl Driver {
         states: &mut zk::StateWatcher,
         watches: &mut Option<Watches>,
         secrets: &Secrets,
-    ) -> Ended {
+    ) -> ConnectionEnd {
         let is_read_only = states.peek_state() == zk::SessionState::ConnectedReadOnly;
         // The result of the first read comes before the state: an old server reports what it does not support
         // and closes the connection at once.
         let begun = tokio::select! {
             biased;
             begun = self.begin(client, watches, is_read_only) => begun,
-            state = states.changed() => return Ended::State(state),
+            state = states.changed() => return ConnectionEnd::State(state),
         };
         if let Err(ended) = begun {
-            return self.ended(ended, states).await;
+            return self.end_of(ended, states).await;
         }
-        let mut retry_at = Instant::now() + RETRY;
-        let mut verify_at = Instant::now() + VERIFY - jitter(VERIFY / 4);
-        let leave_at = Instant::now() + READ_ONLY;
+        let mut retry_at = Instant::now() + RETRY_INTERVAL;
+        let mut verify_at = Instant::now() + VERIFY_INTERVAL - jitter(VERIFY_INTERVAL / 4);
+        let leave_at = Instant::now() + READ_ONLY_STAY;
         loop {
-            let Some(watches) = watches else { return Ended::Error(Error::Ended) };
-            let mut dirty = Dirty::default();
+            let Some(watches) = watches else { return ConnectionEnd::Error(Error::Ended) };
+            let mut dirty = DirtyPaths::default();
             let (mut whole, mut reply) = (false, None);
             tokio::select! {
                 biased;
-                state = states.changed() => return Ended::State(state),
+                state = states.changed() => return ConnectionEnd::State(state),
                 (root, event) = watches.next() => {
-                    if !dirty.note(&self.shared.roots, root, event) {
-                        return self.ended(zk::Error::ClientClosed, states).await;
+                    if !dirty.add_event(&self.shared.roots, root, event) {
+                        return self.end_of(zk::Error::ClientClosed, states).await;
                     }
                 }
                 Some(asked) = self.confirms.recv() => (whole, reply) = (true, Some(asked)),
                 () = sleep_until(retry_at) => {
-                    retry_at = Instant::now() + RETRY;
+                    retry_at = Instant::now() + RETRY_INTERVAL;
                     if Secrets::read(&self.shared.config).await.is_ok_and(|now| now != *secrets) {
-                        return Ended::Error(self.lost("ended, to begin with other credentials"));
+                        return ConnectionEnd::Error(self.lost("ended, to begin with other credentials"));
                     }
-                    for (root, path) in std::mem::take(&mut self.refused) {
-                        dirty.add(root, path, Want::All);
+                    for (root, path) in std::mem::take(&mut self.unreadable) {
+                        dirty.add(root, path, ReadScope::Subtree);
                     }
                 }
                 () = sleep_until(verify_at) => {
-                    verify_at = Instant::now() + VERIFY - jitter(VERIFY / 4);
+                    verify_at = Instant::now() + VERIFY_INTERVAL - jitter(VERIFY_INTERVAL / 4);
                     whole = true;
                 }
-                () = sleep_until(leave_at), if is_read_only => return Ended::Error(Error::ReadOnly),
+                () = sleep_until(leave_at), if is_read_only => return ConnectionEnd::Error(Error::ReadOnly),
             }
             if is_read_only {
                 // Without a quorum no node changes, and this server's data is not newer than the view.
@@ -410,9 +417,9 @@ impl Driver {
                 }
                 continue;
             }
-            while let Some((root, event)) = watches.ready() {
-                if !dirty.note(&self.shared.roots, root, event) {
-                    return self.ended(zk::Error::ClientClosed, states).await;
+            while let Some((root, event)) = watches.try_next() {
+                if !dirty.add_event(&self.shared.roots, root, event) {
+                    return self.end_of(zk::Error::ClientClosed, states).await;
                 }
             }
             let is_confirming = reply.is_some();
@@ -422,7 +429,7 @@ impl Driver {
                 // connection.
                 done = async {
                     match whole {
-                        true => self.whole(client, watches, is_confirming).await,
+                        true => self.read_and_publish(client, watches, is_confirming).await,
                         false => self.update(client, watches, dirty).await,
                     }
                 } => done,
@@ -430,7 +437,7 @@ impl Driver {
                     if let Some(reply) = reply {
                         _ = reply.send(Err(self.lost("lost its connection while everything was read again")));
                     }
-                    return Ended::State(state);
+                    return ConnectionEnd::State(state);
                 }
             };
             match (done, reply) {
@@ -440,7 +447,7 @@ impl Driver {
                     if let Some(reply) = reply {
                         _ = reply.send(Err(Error::request("read again", "everything", &error)));
                     }
-                    return self.ended(error, states).await;
+                    return self.end_of(error, states).await;
                 }
             }
         }
@@ -448,28 +455,28 @@ impl Driver {
 
     /// Decides how a connection ended. For errors of the connection or the session, the session's state is the
     /// better description.
-    async fn ended(&mut self, error: zk::Error, states: &mut zk::StateWatcher) -> Ended {
+    async fn end_of(&mut self, error: zk::Error, states: &mut zk::StateWatcher) -> ConnectionEnd {
         let servers = self.shared.config.connect.to_string();
-        let patience = 2 * self.shared.config.session_timeout;
+        let limit = 2 * self.shared.config.session_timeout;
         match error {
             zk::Error::Unimplemented if self.shared.config.watch == Watch::Auto => {
                 self.backoff.reset();
-                Ended::Error(
+                ConnectionEnd::Error(
                     self.lost("ended: its server is older than 3.6, and is watched node by node from now on"),
                 )
             }
-            zk::Error::Unimplemented => Ended::Error(Error::NoPersistentWatches(servers)),
+            zk::Error::Unimplemented => ConnectionEnd::Error(Error::NoPersistentWatches(servers)),
             // The next attempt waits for the back-off, since the same server would send the same reply again.
             error @ zk::Error::ReplyTooLarge { .. } => {
-                Ended::Error(Error::request("read from", &servers, &error))
+                ConnectionEnd::Error(Error::request("read from", &servers, &error))
             }
             error if is_of_session(&error) && error != zk::Error::Throttled => {
-                match self.refusing(timeout(patience, states.changed())).await {
-                    Ok(state) => Ended::State(state),
-                    Err(_) => Ended::Error(Error::request("read from", &servers, &error)),
+                match self.reject_confirms_until(timeout(limit, states.changed())).await {
+                    Ok(state) => ConnectionEnd::State(state),
+                    Err(_) => ConnectionEnd::Error(Error::request("read from", &servers, &error)),
                 }
             }
-            error => Ended::Error(Error::request("read from", &servers, &error)),
+            error => ConnectionEnd::Error(Error::request("read from", &servers, &error)),
         }
     }
 
@@ -480,29 +487,29 @@ impl Driver {
         watches: &mut Option<Watches>,
         is_read_only: bool,
     ) -> Result<(), zk::Error> {
-        if let Some(last) = self.last_whole {
-            sleep_until(last + PACE).await;
+        if let Some(last) = self.last_complete_read {
+            sleep_until(last + MIN_READ_INTERVAL).await;
         }
         // Setting the new watches before dropping the old ones leaves no gap.
-        let armed = self.armed(client).await?;
+        let armed = self.set_watches(client).await?;
         let watches = watches.insert(armed);
         if is_read_only {
             if !self.has_read {
-                self.read_whole(client, watches).await?;
+                self.read_roots(client, watches).await?;
             }
-            self.stale(&Error::ReadOnly);
+            self.mark_stale(&Error::ReadOnly);
             if self.has_read {
                 self.publish(Some(Error::ReadOnly.line().into()));
             }
             return Ok(());
         }
-        self.whole(client, watches, true).await?;
+        self.read_and_publish(client, watches, true).await?;
         self.backoff.reset();
         Ok(())
     }
 
-    async fn armed(&mut self, client: &zk::Client) -> Result<Watches, zk::Error> {
-        let is_old = self.refused_persistent.is_some_and(|at| at.elapsed() < OLD);
+    async fn set_watches(&mut self, client: &zk::Client) -> Result<Watches, zk::Error> {
+        let is_old = self.refused_persistent.is_some_and(|at| at.elapsed() < OLD_SERVER_MEMORY);
         if is_old || self.shared.config.watch == Watch::OneShot {
             return Ok(Watches::OneShot(OneShots::new()));
         }
@@ -522,7 +529,7 @@ impl Driver {
     }
 
     /// Reads everything and publishes it. With `sync`, the server first catches up with its leader.
-    async fn whole(
+    async fn read_and_publish(
         &mut self,
         client: &zk::Client,
         watches: &mut Watches,
@@ -531,21 +538,21 @@ impl Driver {
         if sync {
             client.sync("/").await?;
         }
-        self.read_whole(client, watches).await?;
+        self.read_roots(client, watches).await?;
         self.publish(None);
         Ok(())
     }
 
-    async fn read_whole(&mut self, client: &zk::Client, watches: &mut Watches) -> Result<(), zk::Error> {
+    async fn read_roots(&mut self, client: &zk::Client, watches: &mut Watches) -> Result<(), zk::Error> {
         let shared = self.shared.clone();
-        let start = |(root, what): (usize, &Root)| Start {
+        let start = |(root, what): (usize, &Root)| ReadStart {
             root,
             path: what.path.clone(),
-            want: Want::All,
+            scope: ReadScope::Subtree,
             known: BTreeSet::new(),
         };
         let starts: Vec<_> = shared.roots.iter().enumerate().map(start).collect();
-        self.refused.clear();
+        self.unreadable.clear();
         match watches {
             Watches::Persistent(_) => self.read(client, starts, None).await?,
             Watches::OneShot(armed) => {
@@ -562,11 +569,11 @@ impl Driver {
             let why: Arc<str> = format!("the chroot {chroot} does not exist: see `connect`").into();
             for (root, seen) in self.seen.iter_mut().enumerate() {
                 seen.failed = Some(why.clone());
-                self.refused
+                self.unreadable
                     .insert((root, shared.roots.get(root).map(|r| r.path.clone()).unwrap_or_default()));
             }
         }
-        self.last_whole = Some(Instant::now());
+        self.last_complete_read = Some(Instant::now());
         self.has_read = true;
         Ok(())
     }
@@ -576,7 +583,7 @@ impl Driver {
         &mut self,
         client: &zk::Client,
         watches: &mut Watches,
-        dirty: Dirty,
+        dirty: DirtyPaths,
     ) -> Result<(), zk::Error> {
         let starts = dirty.starts(&self.shared.roots, &self.seen);
         if starts.is_empty() {
@@ -593,39 +600,39 @@ impl Driver {
     async fn read(
         &mut self,
         client: &zk::Client,
-        starts: Vec<Start>,
+        starts: Vec<ReadStart>,
         watch: Option<&mut OneShots>,
     ) -> Result<(), zk::Error> {
         let shared = self.shared.clone();
         let began: Vec<_> = starts.iter().map(|start| (start.root, start.path.clone())).collect();
-        let read = pass::read(client, &shared.roots, starts, watch).await;
+        let read = bulk_read::read(client, &shared.roots, starts, watch).await;
         let (findings, error) = match read {
             Ok(findings) => (findings, None),
             Err((findings, error)) => (findings, Some(error)),
         };
-        (shared.count)(Counted::Reads(findings.reads));
+        (shared.count)(SessionEvent::Reads(findings.reads));
         if findings.failed > 0 {
-            (shared.count)(Counted::FailedReads(findings.failed));
+            (shared.count)(SessionEvent::FailedReads(findings.failed));
         }
         match error {
             Some(error) => Err(error),
             None => {
-                self.take(&findings, &began);
+                self.merge(&findings, &began);
                 Ok(())
             }
         }
     }
 
     /// Merges the read nodes into the trees.
-    fn take(&mut self, findings: &Findings, began: &[(usize, String)]) {
+    fn merge(&mut self, findings: &Findings, began: &[(usize, String)]) {
         let nothing = BTreeMap::new();
         for (index, path) in began {
             let (Some(root), Some(seen)) = (self.shared.roots.get(*index), self.seen.get_mut(*index)) else {
                 continue;
             };
-            if let Some(excess) = findings.too_many.get(index) {
+            if let Some(excess) = findings.exceeded.get(index) {
                 seen.failed = Some(excess.message(root));
-                self.refused.insert((*index, root.path.clone()));
+                self.unreadable.insert((*index, root.path.clone()));
                 continue;
             }
             let found = findings.found.get(index).unwrap_or(&nothing);
@@ -638,7 +645,7 @@ impl Driver {
                 excess_of(root, seen.tree.as_deref(), before.map(|node| &**node), now.as_deref())
             {
                 seen.failed = Some(excess.message(root));
-                self.refused.insert((*index, root.path.clone()));
+                self.unreadable.insert((*index, root.path.clone()));
                 continue;
             }
             if relative.is_empty() {
@@ -650,34 +657,41 @@ impl Driver {
             }
             put(&mut seen.tree, relative, now);
         }
-        self.refused.extend(findings.refused.iter().cloned());
+        self.unreadable.extend(findings.unreadable.iter().cloned());
     }
 }
 
 /// Returns the limit of `root` that its `tree` would exceed with `now` in the place of `before`.
-fn excess_of(root: &Root, tree: Option<&Node>, before: Option<&Node>, now: Option<&Node>) -> Option<Excess> {
+fn excess_of(
+    root: &Root,
+    tree: Option<&Node>,
+    before: Option<&Node>,
+    now: Option<&Node>,
+) -> Option<ExceededLimit> {
     let with = |of: fn(&Node) -> usize| {
         let of = |node: Option<&Node>| node.map_or(0, of);
         (of(tree) + of(now)).saturating_sub(of(before))
     };
     if with(Node::size) > root.max_nodes {
-        Some(Excess::Nodes)
+        Some(ExceededLimit::Nodes)
     } else if with(Node::bytes) > root.max_bytes {
-        Some(Excess::Bytes)
+        Some(ExceededLimit::Bytes)
     } else {
         None
     }
 }
 
-impl Excess {
+impl ExceededLimit {
     fn message(self, root: &Root) -> Arc<str> {
         let more = match self {
-            Excess::Nodes => format!("more than {} nodes below {}", root.max_nodes, root.path),
-            Excess::Bytes => format!("more than {} bytes in the nodes below {}", root.max_bytes, root.path),
+            ExceededLimit::Nodes => format!("more than {} nodes below {}", root.max_nodes, root.path),
+            ExceededLimit::Bytes => {
+                format!("more than {} bytes in the nodes below {}", root.max_bytes, root.path)
+            }
         };
         let hint = match self {
-            Excess::Nodes => "see `max_nodes`",
-            Excess::Bytes => "no registry of services is that large",
+            ExceededLimit::Nodes => "see `max_nodes`",
+            ExceededLimit::Bytes => "no registry of services is that large",
         };
         format!("there are {more}: this is not taken for what is meant ({hint})").into()
     }
@@ -687,7 +701,7 @@ fn child<'a>(tree: &'a Arc<Node>, relative: &str) -> Option<&'a Arc<Node>> {
     crate::tree::segments(relative).try_fold(tree, |node, segment| node.children.get(segment))
 }
 
-fn same(before: &[Seen], now: &[Seen]) -> bool {
+fn is_unchanged(before: &[RootView], now: &[RootView]) -> bool {
     let tree = |a: &Option<Arc<Node>>, b: &Option<Arc<Node>>| match (a, b) {
         (Some(a), Some(b)) => Arc::ptr_eq(a, b),
         (None, None) => true,
@@ -701,7 +715,7 @@ impl Watches {
     /// Waits for the next event and returns it with the index of its root. Dropping the future loses no event.
     async fn next(&mut self) -> (usize, zk::WatchedEvent) {
         match self {
-            Watches::Persistent(watchers) => any(watchers).await,
+            Watches::Persistent(watchers) => next_event(watchers).await,
             Watches::OneShot(armed) => match armed.join_next().await {
                 Some(Ok(event)) => event,
                 // The watch ended without an event because the client's own task has ended.
@@ -712,9 +726,9 @@ impl Watches {
     }
 
     /// Returns an event that has already arrived.
-    fn ready(&mut self) -> Option<(usize, zk::WatchedEvent)> {
+    fn try_next(&mut self) -> Option<(usize, zk::WatchedEvent)> {
         match self {
-            Watches::Persistent(watchers) => now(any(watchers)),
+            Watches::Persistent(watchers) => poll_now(next_event(watchers)),
             Watches::OneShot(armed) => match armed.try_join_next()? {
                 Ok(event) => Some(event),
                 Err(_) => Some((0, zk::WatchedEvent::new_session(zk::SessionState::Closed))),
@@ -723,7 +737,7 @@ impl Watches {
     }
 }
 
-async fn any(watchers: &mut [zk::PersistentWatcher]) -> (usize, zk::WatchedEvent) {
+async fn next_event(watchers: &mut [zk::PersistentWatcher]) -> (usize, zk::WatchedEvent) {
     let mut waiting: Vec<_> = watchers.iter_mut().map(|watcher| Box::pin(watcher.changed())).collect();
     poll_fn(|context| {
         for (root, waiting) in waiting.iter_mut().enumerate() {
@@ -744,7 +758,7 @@ async fn any(watchers: &mut [zk::PersistentWatcher]) -> (usize, zk::WatchedEvent
 }
 
 /// Polls a future once and returns its result if it is ready.
-fn now<T>(future: impl Future<Output = T>) -> Option<T> {
+fn poll_now<T>(future: impl Future<Output = T>) -> Option<T> {
     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
     match pin!(future).poll(&mut context) {
         Poll::Ready(value) => Some(value),
@@ -754,45 +768,45 @@ fn now<T>(future: impl Future<Output = T>) -> Option<T> {
 
 /// The nodes to read again. Several events for one path lead to one read.
 #[derive(Debug, Default)]
-struct Dirty(BTreeMap<(usize, String), Want>);
+struct DirtyPaths(BTreeMap<(usize, String), ReadScope>);
 
-impl Dirty {
+impl DirtyPaths {
     /// Adds the node of an event. Returns `false` if the event is the end of the session.
-    fn note(&mut self, roots: &[Root], root: usize, event: zk::WatchedEvent) -> bool {
-        let want = match event.event_type {
+    fn add_event(&mut self, roots: &[Root], root: usize, event: zk::WatchedEvent) -> bool {
+        let scope = match event.event_type {
             zk::EventType::Session => return !event.session_state.is_terminated(),
-            zk::EventType::NodeDataChanged => Want::Data,
-            zk::EventType::NodeChildrenChanged => Want::Children,
-            zk::EventType::NodeCreated | zk::EventType::NodeDeleted => Want::All,
+            zk::EventType::NodeDataChanged => ReadScope::Data,
+            zk::EventType::NodeChildrenChanged => ReadScope::Children,
+            zk::EventType::NodeCreated | zk::EventType::NodeDeleted => ReadScope::Subtree,
         };
-        if roots.get(root).is_some_and(|root| root.covers(&event.path)) {
-            self.add(root, event.path, want);
+        if roots.get(root).is_some_and(|root| root.reads(&event.path)) {
+            self.add(root, event.path, scope);
         }
         true
     }
 
-    fn add(&mut self, root: usize, path: String, want: Want) {
-        let entry = self.0.entry((root, path)).or_insert(want);
-        *entry = entry.and(want);
+    fn add(&mut self, root: usize, path: String, scope: ReadScope) {
+        let entry = self.0.entry((root, path)).or_insert(scope);
+        *entry = entry.and(scope);
     }
 
     /// Returns the reads to start. Paths inside a subtree that is read completely are dropped, and a path with
     /// unknown parents is replaced by the uppermost unknown one.
-    fn starts(self, roots: &[Root], seen: &[Seen]) -> Vec<Start> {
-        let mut wanted: BTreeMap<(usize, String), Want> = BTreeMap::new();
-        for ((index, path), want) in self.0 {
+    fn starts(self, roots: &[Root], seen: &[RootView]) -> Vec<ReadStart> {
+        let mut wanted: BTreeMap<(usize, String), ReadScope> = BTreeMap::new();
+        for ((index, path), scope) in self.0 {
             let (Some(root), Some(seen)) = (roots.get(index), seen.get(index)) else { continue };
-            let (path, want) = match missing(root, seen, &path) {
-                Some(missing) => (missing, Want::All),
-                None => (path, want),
+            let (path, scope) = match first_unknown(root, seen, &path) {
+                Some(missing) => (missing, ReadScope::Subtree),
+                None => (path, scope),
             };
-            let entry = wanted.entry((index, path)).or_insert(want);
-            *entry = entry.and(want);
+            let entry = wanted.entry((index, path)).or_insert(scope);
+            *entry = entry.and(scope);
         }
         let is_covered = |index: usize, path: &str| {
             path.match_indices('/').any(|(at, _)| {
                 let above = if at == 0 { "/" } else { path.get(..at).unwrap_or_default() };
-                above != path && wanted.get(&(index, above.to_owned())) == Some(&Want::All)
+                above != path && wanted.get(&(index, above.to_owned())) == Some(&ReadScope::Subtree)
             })
         };
         let known = |index: usize, path: &str| {
@@ -804,18 +818,18 @@ impl Dirty {
         wanted
             .iter()
             .filter(|((index, path), _)| !is_covered(*index, path))
-            .map(|((index, path), want)| Start {
+            .map(|((index, path), scope)| ReadStart {
                 root: *index,
                 path: path.clone(),
-                want: *want,
-                known: if *want == Want::Children { known(*index, path) } else { BTreeSet::new() },
+                scope: *scope,
+                known: if *scope == ReadScope::Children { known(*index, path) } else { BTreeSet::new() },
             })
             .collect()
     }
 }
 
 /// Returns the uppermost unknown node above `path`, or `None` if all nodes above are known.
-fn missing(root: &Root, seen: &Seen, path: &str) -> Option<String> {
+fn first_unknown(root: &Root, seen: &RootView, path: &str) -> Option<String> {
     let relative = root.relative(path);
     let tree = match &seen.tree {
         Some(tree) => tree,

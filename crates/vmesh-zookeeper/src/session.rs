@@ -1,7 +1,6 @@
 //! Opens sessions: credentials, errors in plain words, and events to count.
 
 use std::fmt;
-use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,13 +8,14 @@ use std::time::Duration;
 
 use tokio::net::TcpStream;
 use tokio::time::timeout;
+use vmesh_backoff::Backoff;
 use zookeeper_client as zk;
 
 use crate::config::{Config, Mechanism};
 
 /// An event for metrics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Counted {
+pub enum SessionEvent {
     /// Requests for data or children, with their number.
     Reads(u64),
     /// Requests of those that failed, with their number. A missing node is no failure.
@@ -29,7 +29,7 @@ pub enum Counted {
 }
 
 /// Receives events for metrics, from the task where they happen: it must not block.
-pub type Count = Arc<dyn Fn(Counted) + Send + Sync>;
+pub type EventSink = Arc<dyn Fn(SessionEvent) + Send + Sync>;
 
 /// The reason why a session could not be opened, was lost, or did not process a request.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +72,7 @@ pub enum Error {
 
 impl Error {
     pub(crate) fn request(what: &'static str, path: &str, cause: &zk::Error) -> Error {
-        Error::Request { what, path: path.to_owned(), why: words(cause) }
+        Error::Request { what, path: path.to_owned(), why: describe(cause) }
     }
 
     /// Returns the error and its cause in one line.
@@ -85,7 +85,7 @@ impl Error {
 }
 
 /// Describes a protocol error for the person who has to fix its cause.
-pub(crate) fn words(error: &zk::Error) -> String {
+pub(crate) fn describe(error: &zk::Error) -> String {
     let fixed = match error {
         zk::Error::NoAuth => {
             "not allowed; the node's ACL has to give READ (to read it) or WRITE, CREATE or DELETE (to change it) to these \
@@ -180,7 +180,7 @@ impl Secrets {
     }
 
     /// Reports whether the client authenticates, so that an ACL can name it.
-    pub(crate) fn name_somebody(&self) -> bool {
+    pub(crate) fn has_identity(&self) -> bool {
         self.digest.is_some()
             || self.sasl.is_some()
             || self.tls.as_ref().is_some_and(|tls| tls.identity.is_some())
@@ -222,7 +222,7 @@ pub(crate) async fn open(
         connector = connector.with_sasl(zk::SaslOptions::digest_md5(user.clone(), password.clone()));
     }
     if let (Some(tls), Some(pem)) = (&config.tls, &secrets.tls) {
-        connector = connector.with_tls(options(pem).map_err(|why| {
+        connector = connector.with_tls(tls_options(pem).map_err(|why| {
             let files = [Some(&tls.ca_file), tls.cert_file.as_ref(), tls.key_file.as_ref()];
             let files: Vec<_> = files.into_iter().flatten().map(|file| file.display().to_string()).collect();
             Error::Certificates { files: files.join(", "), why: why.to_string() }
@@ -243,11 +243,11 @@ pub(crate) async fn open(
         Err(zk::Error::NoHosts | zk::Error::Timeout | zk::Error::ConnectionLoss) => {
             Err(Error::Unreachable(diagnosis(config).await))
         }
-        Err(other) => Err(Error::Unreachable(format!("{}: {}", config.connect, words(&other)))),
+        Err(other) => Err(Error::Unreachable(format!("{}: {}", config.connect, describe(&other)))),
     }
 }
 
-fn options(pem: &Pem) -> Result<zk::TlsOptions, zk::Error> {
+fn tls_options(pem: &Pem) -> Result<zk::TlsOptions, zk::Error> {
     let options = zk::TlsOptions::new().with_pem_ca(&pem.ca)?;
     match &pem.identity {
         Some((cert, key)) => options.with_pem_identity(cert, key),
@@ -270,7 +270,7 @@ async fn diagnosis(config: &Config) -> String {
             Ok(Ok(_)) => format!(
                 "{server} accepts connections but no session: it has no quorum, refuses the credentials, or is no ZooKeeper"
             ),
-            Ok(Err(error)) => format!("{server}: {}", plain(&error)),
+            Ok(Err(error)) => format!("{server}: {}", shortened(&error)),
             Err(_) => format!("{server} does not answer"),
         });
     }
@@ -282,7 +282,7 @@ async fn diagnosis(config: &Config) -> String {
 
 /// Shortens a system error: removes the number at its end and the prefix that std adds to errors of
 /// `getaddrinfo`.
-fn plain(error: &io::Error) -> String {
+fn shortened(error: &io::Error) -> String {
     let text = error.to_string();
     let said = text.strip_prefix("failed to lookup address information: ").unwrap_or(&text);
     let said = said.split(" (os error").next().unwrap_or(said);
@@ -290,53 +290,24 @@ fn plain(error: &io::Error) -> String {
 }
 
 /// Counts a connection, as long as the value exists.
-pub(crate) struct Connection(Count);
+pub(crate) struct ConnectionGauge(EventSink);
 
-impl Connection {
-    pub(crate) fn new(count: &Count) -> Connection {
-        count(Counted::Connected);
-        Connection(count.clone())
+impl ConnectionGauge {
+    pub(crate) fn new(count: &EventSink) -> ConnectionGauge {
+        count(SessionEvent::Connected);
+        ConnectionGauge(count.clone())
     }
 }
 
-impl Drop for Connection {
+impl Drop for ConnectionGauge {
     fn drop(&mut self) {
-        (self.0)(Counted::Disconnected);
+        (self.0)(SessionEvent::Disconnected);
     }
 }
 
-/// How long to leave servers alone that would not have us: from 100 ms, twice as long each time, up to 30 s. Half of
-/// it is drawn, so that clients that were thrown out together do not come back together.
-#[derive(Debug)]
-pub(crate) struct Backoff {
-    next: Duration,
-}
-
-impl Backoff {
-    const FIRST: Duration = Duration::from_millis(100);
-    const LONGEST: Duration = Duration::from_secs(30);
-
-    pub(crate) fn new() -> Backoff {
-        Backoff { next: Self::FIRST }
-    }
-
-    pub(crate) fn draw(&mut self) -> Duration {
-        let whole = self.next;
-        self.next = (whole * 2).min(Self::LONGEST);
-        whole / 2 + jitter(whole / 2)
-    }
-
-    pub(crate) fn reset(&mut self) {
-        self.next = Self::FIRST;
-    }
-}
-
-/// A time between nothing and `most`.
-pub(crate) fn jitter(most: Duration) -> Duration {
-    // The seed of a std hash map is random; nothing here depends on how random.
-    let random = RandomState::new().hash_one(0u8) >> 32;
-    let share = u32::try_from(random).unwrap_or_default();
-    most.mul_f64(f64::from(share) / f64::from(u32::MAX))
+/// Makes the back-off between attempts to open a session: 100 ms at first, doubled after each failure up to 30 s.
+pub(crate) fn session_backoff() -> Backoff {
+    Backoff::doubling(Duration::from_millis(100), Duration::from_secs(30))
 }
 
 #[cfg(test)]
@@ -345,14 +316,14 @@ mod tests {
 
     #[test]
     fn the_wait_for_a_session_grows_to_half_a_minute_and_begins_anew_after_success() {
-        let mut backoff = Backoff::new();
-        let waits: Vec<_> = (0..12).map(|_| backoff.draw()).collect();
+        let mut backoff = session_backoff();
+        let waits: Vec<_> = (0..12).map(|_| backoff.next_pause()).collect();
         for (index, wait) in waits.iter().enumerate() {
             let whole = Duration::from_millis(100 << index).min(Duration::from_secs(30));
             assert!(*wait >= whole / 2 && *wait <= whole, "{waits:?}");
         }
         backoff.reset();
-        assert!(backoff.draw() <= Duration::from_millis(100));
+        assert!(backoff.next_pause() <= Duration::from_millis(100));
     }
 
     #[tokio::test]

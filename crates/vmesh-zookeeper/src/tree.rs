@@ -64,29 +64,29 @@ impl Owner {
 
 /// The result of reading one path.
 #[derive(Debug, Clone)]
-pub(crate) enum Found {
-    Gone,
-    Here(Here),
+pub(crate) enum PathContent {
+    Absent,
+    Present(NodeContent),
 }
 
 #[derive(Debug, Clone)]
-pub(crate) struct Here {
+pub(crate) struct NodeContent {
     /// `None` if the data was not requested.
     pub(crate) data: Option<Result<(Bytes, Stat), Arc<str>>>,
-    pub(crate) children: Children,
+    pub(crate) children: ChildrenUpdate,
 }
 
 #[derive(Debug, Clone)]
-pub(crate) enum Children {
+pub(crate) enum ChildrenUpdate {
     /// Unchanged: the list was not requested or could not be read.
-    AsKnown,
+    Unchanged,
     None,
-    Are(Vec<String>),
+    List(Vec<String>),
 }
 
 impl Node {
     pub fn new(data: Bytes, stat: Stat, children: BTreeMap<Arc<str>, Arc<Node>>) -> Node {
-        let (size, bytes) = measured(&data, &children);
+        let (size, bytes) = measure(&data, &children);
         Node { data, stat, unreadable: None, children, size, bytes }
     }
 
@@ -142,7 +142,7 @@ impl Node {
 }
 
 /// Returns the number of nodes and of bytes of a node with this data and these children.
-fn measured(data: &Bytes, children: &BTreeMap<Arc<str>, Arc<Node>>) -> (usize, usize) {
+fn measure(data: &Bytes, children: &BTreeMap<Arc<str>, Arc<Node>>) -> (usize, usize) {
     let of = |(name, child): (&Arc<str>, &Arc<Node>)| (child.size, name.len() + child.bytes);
     let add = |sum: (usize, usize), of: (usize, usize)| (sum.0 + of.0, sum.1 + of.1);
     children.iter().map(of).fold((1, data.len()), add)
@@ -161,12 +161,12 @@ pub(crate) fn join(path: &str, name: &str) -> String {
 /// Builds the node at the absolute `path` from the read results at and below it, and from its earlier copy.
 pub(crate) fn build(
     path: &str,
-    found: &BTreeMap<String, Found>,
+    found: &BTreeMap<String, PathContent>,
     before: Option<&Arc<Node>>,
 ) -> Option<Arc<Node>> {
     let here = match found.get(path)? {
-        Found::Gone => return None,
-        Found::Here(here) => here,
+        PathContent::Absent => return None,
+        PathContent::Present(here) => here,
     };
     let (data, stat, unreadable) = match (&here.data, before) {
         (Some(Ok((data, stat))), _) => (data.clone(), *stat, None),
@@ -180,9 +180,9 @@ pub(crate) fn build(
         (None, None) => return None,
     };
     let children: BTreeMap<Arc<str>, Arc<Node>> = match &here.children {
-        Children::None => BTreeMap::new(),
-        Children::AsKnown => before.map(|before| before.children.clone()).unwrap_or_default(),
-        Children::Are(names) => {
+        ChildrenUpdate::None => BTreeMap::new(),
+        ChildrenUpdate::Unchanged => before.map(|before| before.children.clone()).unwrap_or_default(),
+        ChildrenUpdate::List(names) => {
             let child = |name: &String| {
                 let known = before.and_then(|before| before.children.get_key_value(name.as_str()));
                 let path = join(path, name);
@@ -201,15 +201,15 @@ pub(crate) fn build(
         && before.stat == stat
         && before.unreadable == unreadable
         && before.data == data
-        && same(&before.children, &children)
+        && have_same_pointers(&before.children, &children)
     {
         return Some(before.clone());
     }
-    let (size, bytes) = measured(&data, &children);
+    let (size, bytes) = measure(&data, &children);
     Some(Arc::new(Node { data, stat, unreadable, children, size, bytes }))
 }
 
-fn same(before: &BTreeMap<Arc<str>, Arc<Node>>, now: &BTreeMap<Arc<str>, Arc<Node>>) -> bool {
+fn have_same_pointers(before: &BTreeMap<Arc<str>, Arc<Node>>, now: &BTreeMap<Arc<str>, Arc<Node>>) -> bool {
     let pairs = before.iter().zip(now);
     before.len() == now.len() && pairs.fold(true, |same, (a, b)| same && a.0 == b.0 && Arc::ptr_eq(a.1, b.1))
 }
@@ -262,17 +262,17 @@ pub(crate) fn put(tree: &mut Option<Arc<Node>>, path: &str, node: Option<Arc<Nod
 mod tests {
     use super::*;
 
-    fn here(data: &'static str, modified: i64, children: &[&str]) -> Found {
+    fn here(data: &'static str, modified: i64, children: &[&str]) -> PathContent {
         let node = Node::leaf(data, modified);
         let children = if children.is_empty() {
-            Children::None
+            ChildrenUpdate::None
         } else {
-            Children::Are(children.iter().map(|name| (*name).to_owned()).collect())
+            ChildrenUpdate::List(children.iter().map(|name| (*name).to_owned()).collect())
         };
-        Found::Here(Here { data: Some(Ok((node.data, node.stat))), children })
+        PathContent::Present(NodeContent { data: Some(Ok((node.data, node.stat))), children })
     }
 
-    fn found<const N: usize>(found: [(&str, Found); N]) -> BTreeMap<String, Found> {
+    fn found<const N: usize>(found: [(&str, PathContent); N]) -> BTreeMap<String, PathContent> {
         found.into_iter().map(|(path, found)| (path.to_owned(), found)).collect()
     }
 
@@ -286,7 +286,7 @@ mod tests {
         lines.join(" ")
     }
 
-    fn whole() -> BTreeMap<String, Found> {
+    fn whole() -> BTreeMap<String, PathContent> {
         found([
             ("/r", here("root", 1, &["a", "b", "late"])),
             ("/r/a", here("A", 2, &["x", "y"])),
@@ -294,7 +294,7 @@ mod tests {
             ("/r/a/y", here("Y", 4, &[])),
             ("/r/b", here("B", 5, &[])),
             // Deleted between the list and the read.
-            ("/r/late", Found::Gone),
+            ("/r/late", PathContent::Absent),
         ])
     }
 
@@ -334,7 +334,10 @@ mod tests {
     #[test]
     fn a_node_that_cannot_be_read_is_what_was_known_of_it() {
         let first = build("/r", &whole(), None).unwrap();
-        let refused = Found::Here(Here { data: Some(Err("no".into())), children: Children::AsKnown });
+        let refused = PathContent::Present(NodeContent {
+            data: Some(Err("no".into())),
+            children: ChildrenUpdate::Unchanged,
+        });
         let mut now = whole();
         now.insert("/r/a".to_owned(), refused.clone());
         now.insert("/r/b".to_owned(), refused.clone());
@@ -349,7 +352,7 @@ mod tests {
         let first = build("/r", &whole(), None).unwrap();
         let listed = |names: &[&str]| {
             let names = names.iter().map(|name| (*name).to_owned()).collect();
-            Found::Here(Here { data: None, children: Children::Are(names) })
+            PathContent::Present(NodeContent { data: None, children: ChildrenUpdate::List(names) })
         };
         let now = found([("/r/a", listed(&["y", "z"])), ("/r/a/z", here("Z", 8, &[]))]);
         let a = build("/r/a", &now, first.children.get("a")).unwrap();

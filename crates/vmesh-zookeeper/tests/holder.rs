@@ -8,7 +8,7 @@ use tokio::time::timeout;
 use vmesh_testkit::zookeeper::{Client, Kind, Options, Version, ZooKeeper};
 use vmesh_testkit::{tempdir, wait_for};
 use vmesh_zookeeper::config::Auth;
-use vmesh_zookeeper::holder::{Standing, Wanted};
+use vmesh_zookeeper::holder::{HolderStatus, NodeSpec};
 use vmesh_zookeeper::{Config, Holder};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -19,14 +19,14 @@ fn config(connect: &str) -> Config {
 }
 
 fn hold(connect: &str, path: &str, data: &'static str, sequential: bool) -> Holder {
-    let wanted = Wanted { path: path.to_owned(), data: Bytes::from_static(data.as_bytes()), sequential };
+    let wanted = NodeSpec { path: path.to_owned(), data: Bytes::from_static(data.as_bytes()), sequential };
     Holder::start(config(connect), wanted, |_| {}).unwrap()
 }
 
 async fn held(holder: &mut Holder) -> String {
     let waited = timeout(SOON, async {
         loop {
-            if let Standing::Held(path) = holder.standing() {
+            if let HolderStatus::Held(path) = holder.status() {
                 return path.to_string();
             }
             holder.changed().await;
@@ -34,7 +34,7 @@ async fn held(holder: &mut Holder) -> String {
     });
     match waited.await {
         Ok(path) => path,
-        Err(_) => panic!("it is {:?}", holder.standing()),
+        Err(_) => panic!("it is {:?}", holder.status()),
     }
 }
 
@@ -118,15 +118,15 @@ async fn a_node_is_made_again_in_a_new_session_when_the_old_one_expires() {
     let mut holder = hold(&servers.connect(), "/nerve/pay/web-1_", "one", true);
     let first = held(&mut holder).await;
     servers.freeze(0).unwrap();
-    wait_for("the expiry", SOON, async || match holder.standing() {
-        Standing::Waiting(why) if why.contains("expired") || why.contains("does not answer") => Ok(()),
+    wait_for("the expiry", SOON, async || match holder.status() {
+        HolderStatus::Waiting(why) if why.contains("expired") || why.contains("does not answer") => Ok(()),
         other => Err(format!("{other:?}")),
     })
     .await
     .unwrap();
     servers.thaw(0).unwrap();
-    wait_for("another node", SOON, async || match holder.standing() {
-        Standing::Held(path) if *path != *first => Ok(()),
+    wait_for("another node", SOON, async || match holder.status() {
+        HolderStatus::Held(path) if *path != *first => Ok(()),
         other => Err(format!("{other:?}")),
     })
     .await
@@ -180,7 +180,7 @@ async fn who_has_credentials_makes_nodes_that_others_may_only_read() {
     std::fs::write(&file, "mesh:secret").unwrap();
     let with = Config { auth: Some(Auth { digest_file: file }), ..config(&servers.connect()) };
     let wanted =
-        Wanted { path: "/pay/web-1".to_owned(), data: Bytes::from_static(b"one"), sequential: false };
+        NodeSpec { path: "/pay/web-1".to_owned(), data: Bytes::from_static(b"one"), sequential: false };
     let mut holder = Holder::start(with, wanted, |_| {}).unwrap();
     held(&mut holder).await;
     let mut other = servers.client(0).await.unwrap();

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use vmesh_testkit::zookeeper::{Kind, Options, Version, ZooKeeper};
 use vmesh_testkit::{tempdir, wait_for};
 use vmesh_zookeeper::config::{Auth, Mechanism, Sasl, Tls, Watch};
-use vmesh_zookeeper::{Config, Counted, Error, Mirror, Node, Root, View};
+use vmesh_zookeeper::{Config, Error, Mirror, Node, Root, SessionEvent, View};
 use zookeeper_client as zk;
 
 /// A generous limit, since several JVMs share two cores.
@@ -30,36 +30,36 @@ struct Counts {
 }
 
 impl Counts {
-    fn count(&self, counted: Counted) {
+    fn count(&self, counted: SessionEvent) {
         let (counter, by) = match counted {
-            Counted::Reads(by) => (&self.reads, by),
-            Counted::FailedReads(by) => (&self.failed, by),
-            Counted::Connected => (&self.connected, 1),
-            Counted::Disconnected => (&self.disconnected, 1),
-            Counted::Expired => (&self.expired, 1),
+            SessionEvent::Reads(by) => (&self.reads, by),
+            SessionEvent::FailedReads(by) => (&self.failed, by),
+            SessionEvent::Connected => (&self.connected, 1),
+            SessionEvent::Disconnected => (&self.disconnected, 1),
+            SessionEvent::Expired => (&self.expired, 1),
         };
         counter.fetch_add(by, Ordering::Relaxed);
     }
 }
 
 /// A mirror with its counters and the last view that it returned.
-struct Mirrored {
+struct TestMirror {
     mirror: Mirror,
     view: View,
     counts: Arc<Counts>,
 }
 
-impl Mirrored {
-    fn of(config: Config, roots: &[&str]) -> Mirrored {
+impl TestMirror {
+    fn of(config: Config, roots: &[&str]) -> TestMirror {
         let roots = roots.iter().map(|path| Root::new(*path).unwrap()).collect();
-        Mirrored::with(config, roots)
+        TestMirror::with(config, roots)
     }
 
-    fn with(config: Config, roots: Vec<Root>) -> Mirrored {
+    fn with(config: Config, roots: Vec<Root>) -> TestMirror {
         let counts = Arc::new(Counts::default());
-        let told = counts.clone();
-        let mirror = Mirror::new(config, roots, move |counted| told.count(counted));
-        Mirrored { mirror, view: View::default(), counts }
+        let counter = counts.clone();
+        let mirror = Mirror::new(config, roots, move |counted| counter.count(counted));
+        TestMirror { mirror, view: View::default(), counts }
     }
 
     /// Waits until the view, printed by `show`, equals `expected`.
@@ -85,7 +85,7 @@ impl Mirrored {
 
 /// Prints a view: `/a [x=1 x/y=2] | /b absent | stale`.
 fn show(view: &View) -> String {
-    let root = |seen: &vmesh_zookeeper::mirror::Seen| {
+    let root = |seen: &vmesh_zookeeper::mirror::RootView| {
         let mut shown = match &seen.tree {
             None => "absent".to_owned(),
             Some(tree) => nodes(tree),
@@ -118,7 +118,7 @@ async fn a_subtree_is_mirrored_and_one_change_costs_one_node() {
     client.make("/a/x", b"1", Kind::Persistent).await.unwrap();
     client.make("/a/x/y", b"2", Kind::Ephemeral).await.unwrap();
     client.make("/a/z", b"3", Kind::Persistent).await.unwrap();
-    let mut mirrored = Mirrored::of(config(&servers.connect()), &["/a", "/b"]);
+    let mut mirrored = TestMirror::of(config(&servers.connect()), &["/a", "/b"]);
     mirrored.until("[x=1 x/y=2 z=3] | absent").await;
     let tree = mirrored.view.roots[0].tree.clone().unwrap();
     let before = mirrored.count(|c| &c.reads);
@@ -147,7 +147,7 @@ async fn a_server_without_persistent_watches_is_watched_node_by_node() {
     let mut client = servers.client(0).await.unwrap();
     client.make("/a/x", b"1", Kind::Persistent).await.unwrap();
     client.make("/a/x/y", b"2", Kind::Ephemeral).await.unwrap();
-    let mut mirrored = Mirrored::of(config(&servers.connect()), &["/a", "/b"]);
+    let mut mirrored = TestMirror::of(config(&servers.connect()), &["/a", "/b"]);
     mirrored.until("[x=1 x/y=2] | absent").await;
     client.set("/a/x/y", b"22").await.unwrap();
     mirrored.until("[x=1 x/y=22] | absent").await;
@@ -174,7 +174,7 @@ async fn a_server_without_persistent_watches_is_watched_node_by_node() {
     mirrored.until("[x=6 x/y=23] | [c=5]").await;
 
     let wanted = Config { watch: Watch::Persistent, ..config(&servers.connect()) };
-    let mut refused = Mirrored::of(wanted, &["/a"]);
+    let mut refused = TestMirror::of(wanted, &["/a"]);
     refused.until_view("a refusal", |view| view.stale_because.is_some()).await;
     let why = refused.view.stale_because.clone().unwrap();
     assert!(why.contains("is older than 3.6 and has no persistent watches: set `watch`"), "{why}");
@@ -190,7 +190,7 @@ async fn the_client_alone_loses_its_watch_when_its_server_is_killed() {
     let alone =
         zk::Client::connector().with_session_timeout(SESSION).connect(&servers.connect()).await.unwrap();
     let mut watcher = alone.watch("/a", zk::AddWatchMode::PersistentRecursive).await.unwrap();
-    let mut mirrored = Mirrored::of(config(&servers.connect()), &["/a"]);
+    let mut mirrored = TestMirror::of(config(&servers.connect()), &["/a"]);
     mirrored.until("[]").await;
 
     writer.make("/a/before", b"", Kind::Persistent).await.unwrap();
@@ -231,7 +231,7 @@ async fn events_flow_again_after_whichever_server_is_killed() {
     let mut servers = ZooKeeper::three().await.unwrap();
     let mut writer = servers.client(0).await.unwrap();
     writer.make("/a", b"", Kind::Persistent).await.unwrap();
-    let mut mirrored = Mirrored::of(config(&servers.connect()), &["/a"]);
+    let mut mirrored = TestMirror::of(config(&servers.connect()), &["/a"]);
     mirrored.until("[]").await;
     let mut expected = Vec::new();
     // Each server is killed in turn, so the leader and the mirror's own server are among them.
@@ -256,7 +256,7 @@ async fn an_expired_session_is_replaced_and_everything_is_read_again() {
     let mut servers = ZooKeeper::one().await.unwrap();
     let mut writer = servers.client(0).await.unwrap();
     writer.make("/a/x", b"1", Kind::Persistent).await.unwrap();
-    let mut mirrored = Mirrored::of(config(&servers.connect()), &["/a"]);
+    let mut mirrored = TestMirror::of(config(&servers.connect()), &["/a"]);
     mirrored.until("[x=1]").await;
     let tree = mirrored.view.roots[0].tree.clone().unwrap();
     servers.freeze(0).unwrap();
@@ -281,7 +281,7 @@ async fn what_was_known_stays_while_no_server_is_there_and_says_why() {
     let mut servers = ZooKeeper::one().await.unwrap();
     let mut writer = servers.client(0).await.unwrap();
     writer.make("/a/x", b"1", Kind::Ephemeral).await.unwrap();
-    let mut mirrored = Mirrored::of(config(&servers.connect()), &["/a"]);
+    let mut mirrored = TestMirror::of(config(&servers.connect()), &["/a"]);
     mirrored.until("[x=1]").await;
     servers.kill(0).unwrap();
     mirrored.until("[x=1] | stale").await;
@@ -304,7 +304,7 @@ async fn a_server_without_a_quorum_is_read_and_what_it_says_is_stale() {
         ZooKeeper::start(Options { servers: 3, read_only: true, ..Options::default() }).await.unwrap();
     let mut writer = servers.client(0).await.unwrap();
     writer.make("/a/x", b"1", Kind::Persistent).await.unwrap();
-    let mut early = Mirrored::of(config(&servers.connect()), &["/a"]);
+    let mut early = TestMirror::of(config(&servers.connect()), &["/a"]);
     early.until("[x=1]").await;
     let leader = servers.leader().await.unwrap();
     // The remaining server must have the write: a client has read it there.
@@ -314,7 +314,7 @@ async fn a_server_without_a_quorum_is_read_and_what_it_says_is_stale() {
     for index in (0..3).filter(|index| *index != stays) {
         servers.kill(index).unwrap();
     }
-    let mut late = Mirrored::of(config(&servers.connect()), &["/a"]);
+    let mut late = TestMirror::of(config(&servers.connect()), &["/a"]);
     late.until("[x=1] | stale").await;
     let is_read_only = |view: &View| view.stale_because.as_deref().is_some_and(|why| why.contains("quorum"));
     late.until_view("read-only", is_read_only).await;
@@ -323,7 +323,7 @@ async fn a_server_without_a_quorum_is_read_and_what_it_says_is_stale() {
     assert!(matches!(late.mirror.confirm().await, Err(Error::ReadOnly)));
 
     let strict = Config { read_only: false, ..config(&servers.connect()) };
-    let mut strict = Mirrored::of(strict, &["/a"]);
+    let mut strict = TestMirror::of(strict, &["/a"]);
     strict.until_view("a reason", |view| view.stale_because.is_some()).await;
     assert!(strict.view.roots.is_empty());
 
@@ -347,7 +347,7 @@ async fn a_node_that_may_not_be_read_costs_that_node_and_is_read_with_the_right_
     writer.make("/a/closed", b"2", Kind::Persistent).await.unwrap();
     writer.make("/closed/x", b"3", Kind::Persistent).await.unwrap();
 
-    let mut nobody = Mirrored::of(config(&servers.connect()), &["/a", "/closed"]);
+    let mut nobody = TestMirror::of(config(&servers.connect()), &["/a", "/closed"]);
     nobody.until("[closed!= open=1] | absent failed").await;
     let why = nobody.view.roots[1].failed.clone().unwrap();
     assert!(why.starts_with("could not read /closed: not allowed; the node's ACL has to give READ"), "{why}");
@@ -356,7 +356,7 @@ async fn a_node_that_may_not_be_read_costs_that_node_and_is_read_with_the_right_
     let file = dir.join("digest");
     std::fs::write(&file, "mesh:wrong\n").unwrap();
     let auth = Some(Auth { digest_file: file.clone() });
-    let mut mirrored = Mirrored::of(Config { auth, ..config(&servers.connect()) }, &["/a", "/closed"]);
+    let mut mirrored = TestMirror::of(Config { auth, ..config(&servers.connect()) }, &["/a", "/closed"]);
     mirrored.until("[closed!= open=1] | absent failed").await;
     // Unreadable nodes are read again without an event, with the credentials that the file has then.
     std::fs::write(&file, "mesh:secret\n").unwrap();
@@ -371,18 +371,18 @@ async fn a_client_certificate_opens_the_secure_port() {
     let files = servers.tls();
     let tls = Tls { ca_file: files.ca, cert_file: Some(files.cert), key_file: Some(files.key) };
     let secure = Config { tls: Some(tls.clone()), ..config(&servers.secure_connect()) };
-    let mut mirrored = Mirrored::of(secure.clone(), &["/a"]);
+    let mut mirrored = TestMirror::of(secure.clone(), &["/a"]);
     mirrored.until("[x=1]").await;
     let without = Config {
         tls: Some(Tls { cert_file: None, key_file: None, ..tls.clone() }),
         ..config(&servers.secure_connect())
     };
-    let mut refused = Mirrored::of(without, &["/a"]);
+    let mut refused = TestMirror::of(without, &["/a"]);
     refused.until_view("a refusal", |view| view.stale_because.is_some()).await;
     let why = refused.view.stale_because.clone().unwrap();
     assert!(why.contains("accepts connections but no session") && why.contains("certificate"), "{why}");
     let no_key = Config { tls: Some(Tls { key_file: None, ..tls }), ..secure };
-    let mut refused = Mirrored::of(no_key, &["/a"]);
+    let mut refused = TestMirror::of(no_key, &["/a"]);
     refused.until_view("a refusal", |view| view.stale_because.is_some()).await;
     assert!(refused.view.stale_because.unwrap().contains("a certificate needs its key"));
 }
@@ -396,10 +396,10 @@ async fn sasl_opens_a_server_that_wants_it_and_a_wrong_password_is_not_tried_in_
     std::fs::write(&file, "mesh:wrong\n").unwrap();
     let sasl = Sasl { mechanism: Mechanism::DigestMd5, credentials_file: file.clone() };
     let with = Config { sasl: Some(sasl), ..config(&servers.connect()) };
-    let mut mirrored = Mirrored::of(with, &["/zookeeper"]);
+    let mut mirrored = TestMirror::of(with, &["/zookeeper"]);
     mirrored.until_view("a refusal", |view| view.stale_because.is_some()).await;
     assert!(mirrored.view.roots.is_empty());
-    let mut nobody = Mirrored::of(config(&servers.connect()), &["/zookeeper"]);
+    let mut nobody = TestMirror::of(config(&servers.connect()), &["/zookeeper"]);
     nobody.until_view("a refusal", |view| view.stale_because.is_some()).await;
     let why = nobody.view.stale_because.clone().unwrap();
     assert!(why.contains("refused the credentials, or wants some of another kind"), "{why}");
@@ -411,7 +411,7 @@ async fn sasl_opens_a_server_that_wants_it_and_a_wrong_password_is_not_tried_in_
 async fn paths_are_below_the_chroot_and_a_chroot_that_is_not_there_is_said() {
     let servers = ZooKeeper::one().await.unwrap();
     let mut writer = servers.client(0).await.unwrap();
-    let mut mirrored = Mirrored::of(config(&format!("{}/prod/mesh", servers.connect())), &["/a"]);
+    let mut mirrored = TestMirror::of(config(&format!("{}/prod/mesh", servers.connect())), &["/a"]);
     mirrored.until("absent failed").await;
     assert_eq!(
         mirrored.view.roots[0].failed.as_deref(),
@@ -432,7 +432,7 @@ async fn more_than_a_mebibyte_of_children_is_read() {
     for index in 0..3000 {
         writer.create(&format!("/a/{long}-{index:05}"), b"x", Kind::Persistent).await.unwrap();
     }
-    let mut mirrored = Mirrored::of(config(&servers.connect()), &["/a"]);
+    let mut mirrored = TestMirror::of(config(&servers.connect()), &["/a"]);
     let size = |size: usize| {
         move |view: &View| {
             view.roots.iter().filter_map(|seen| seen.tree.as_ref()).any(|tree| tree.size() == size)
@@ -444,7 +444,7 @@ async fn more_than_a_mebibyte_of_children_is_read() {
 
     let mut few = Root::new("/a").unwrap();
     few.max_nodes = 100;
-    let mut limited = Mirrored::with(config(&servers.connect()), vec![few]);
+    let mut limited = TestMirror::with(config(&servers.connect()), vec![few]);
     limited.until("absent failed").await;
     let why = limited.view.roots[0].failed.clone().unwrap();
     assert!(why.starts_with("there are more than 100 nodes below /a"), "{why}");
@@ -455,7 +455,7 @@ async fn confirm_reads_everything_again() {
     let servers = ZooKeeper::one().await.unwrap();
     let mut writer = servers.client(0).await.unwrap();
     writer.make("/a/x", b"1", Kind::Persistent).await.unwrap();
-    let mut mirrored = Mirrored::of(config(&servers.connect()), &["/a"]);
+    let mut mirrored = TestMirror::of(config(&servers.connect()), &["/a"]);
     mirrored.until("[x=1]").await;
     let before = mirrored.count(|c| &c.reads);
     writer.set("/a/x", b"2").await.unwrap();
@@ -468,7 +468,7 @@ async fn confirm_reads_everything_again() {
 async fn a_server_that_throws_us_out_is_left_alone_for_longer_each_time() {
     let place = vmesh_testkit::Loopback::unique().unwrap();
     let listener = tokio::net::TcpListener::bind((place.ip(), 2181)).await.unwrap();
-    let mut mirrored = Mirrored::of(config(&format!("{place}:2181")), &["/a"]);
+    let mut mirrored = TestMirror::of(config(&format!("{place}:2181")), &["/a"]);
     let mut accepted = 0;
     let began = tokio::time::Instant::now();
     while began.elapsed() < Duration::from_secs(3) {

@@ -9,7 +9,7 @@ use vmesh_daemon::report::one_line;
 
 use super::record::{self, Instance};
 use super::{ConsulSettings, DesiredState, RegistrationInputs, RegistrationState, StatusPublisher};
-use crate::retry::Backoff;
+use vmesh_backoff::Backoff;
 
 /// What Consul has acknowledged, as far as the agent knows.
 #[derive(Default)]
@@ -29,7 +29,7 @@ pub(super) async fn maintain(
     mut stop: Stop,
 ) {
     let mut known = ConsulState::default();
-    let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
+    let mut backoff = Backoff::decorrelated(Duration::from_millis(200), Duration::from_secs(10));
     loop {
         let desired = inputs.desired();
         let pause = match update_consul(&client, &instance, &settings, desired, &mut known).await {
@@ -42,7 +42,7 @@ pub(super) async fn maintain(
                 // Start over after any error: a Consul agent that was restarted without its state has forgotten the instance.
                 known = ConsulState::default();
                 report.set(RegistrationState::Failing, Some(one_line(&error)));
-                backoff.pause()
+                backoff.next_pause()
             }
         };
         tokio::select! {

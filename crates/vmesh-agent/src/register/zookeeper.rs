@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::sleep;
 use vmesh_daemon::Stop;
-use vmesh_zookeeper::holder::{Standing, Wanted as Node};
+use vmesh_zookeeper::holder::{HolderStatus, NodeSpec};
 use vmesh_zookeeper::{Config, Holder};
 
 use super::record::{self, Instance, Znode};
@@ -33,7 +33,7 @@ pub(super) async fn maintain(
             (DesiredState::Healthy, None) => {
                 let Znode { child, sequential, data } = record(false);
                 let path = format!("{}/{child}", settings.path);
-                let node = Node { path, data: data.into(), sequential };
+                let node = NodeSpec { path, data: data.into(), sequential };
                 match Holder::start(config.clone(), node, |_| {}) {
                     Ok(holder) => held = Some(holder),
                     Err(why) => report.set(RegistrationState::Failing, Some(why)),
@@ -46,12 +46,12 @@ pub(super) async fn maintain(
             (DesiredState::Unhealthy | DesiredState::Draining, Some(_)) => withdraw(&mut held, &report).await,
             _ => {}
         }
-        match (desired, held.as_ref().map(Holder::standing)) {
-            (_, Some(Standing::Waiting(why))) => {
+        match (desired, held.as_ref().map(Holder::status)) {
+            (_, Some(HolderStatus::Waiting(why))) => {
                 report.set(RegistrationState::Failing, Some(why.to_string()))
             }
             (DesiredState::Draining, _) => report.set(RegistrationState::Draining, None),
-            (_, Some(Standing::Held(_))) => report.set(RegistrationState::Registered, None),
+            (_, Some(HolderStatus::Held(_))) => report.set(RegistrationState::Registered, None),
             (DesiredState::Unknown, _) => report.set(RegistrationState::Waiting, None),
             (DesiredState::Unhealthy, _) => report.set(RegistrationState::Unhealthy, None),
             (DesiredState::Healthy, _) => {}

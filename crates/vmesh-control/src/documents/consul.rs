@@ -1,7 +1,7 @@
 //! Reads documents from Consul's key-value store: one text per key below a prefix.
 
 use serde::Deserialize;
-use vmesh_consul::{Answer, Client, Entries, Entry, Pace, Watch};
+use vmesh_consul::{Answer, Client, Entries, Entry, Watch, WatchOptions};
 use vmesh_daemon::report::one_line;
 
 use super::DocumentText;
@@ -24,7 +24,7 @@ pub(super) struct ConsulSource {
 impl ConsulSource {
     pub(super) fn new(config: KvConfig) -> ConsulSource {
         let client = Client::new(&config.consul.unwrap_or_default());
-        ConsulSource { watch: client.watch_keys(&config.prefix, Pace::default()) }
+        ConsulSource { watch: client.watch_keys(&config.prefix, WatchOptions::default()) }
     }
 
     pub(super) async fn next(&mut self) -> Result<Vec<DocumentText>, String> {
@@ -71,7 +71,7 @@ mod tests {
                 filtered,
                 translated: false,
                 hash: 1,
-                view: 1,
+                origin: 1,
             },
         };
         assert!(texts(answer(false)).unwrap().is_empty());

@@ -15,14 +15,14 @@ impl<R: Resolve> ConsulSource<R> {
         counters: &Counters,
     ) -> bool {
         let mut resets = 0;
-        let verdict = cursor.took(meta, was_strong, max_stale, now, &mut resets);
+        let verdict = cursor.on_answer(meta, was_strong, max_stale, now, &mut resets);
         counters.index_resets.fetch_add(resets, Ordering::Relaxed);
         match verdict {
             Verdict::Doubtful(doubt) => {
                 tracing::debug!("{doubt}: the leader is asked");
                 false
             }
-            Verdict::News | Verdict::Same => {
+            Verdict::Changed | Verdict::Unchanged => {
                 counters.record_answer();
                 true
             }
@@ -46,16 +46,16 @@ impl<R: Resolve> ConsulSource<R> {
             }
             Ok(answer) => answer,
             Err(error) => {
-                dc.cursor.failed(now);
+                dc.cursor.on_failure(now);
                 let failure = chain(&error);
                 return self.catalog_failed(at, failure, error.into());
             }
         };
-        let seen = dc.cursor.seen();
+        let seen = dc.cursor.last_index();
         if !Self::accept_answer(&mut dc.cursor, &meta, was_strong, max_stale, now, &self.counters) {
             return Ok(());
         }
-        let has_moved = seen > 0 && dc.cursor.seen() != seen;
+        let has_moved = seen > 0 && dc.cursor.last_index() != seen;
         let mut difference = ListDifference::default();
         dc.filtered = meta.filtered;
         match value {
@@ -63,7 +63,7 @@ impl<R: Resolve> ConsulSource<R> {
                 dc.empty = true;
                 // The query has to be sent again even if the index does not change, because nothing was
                 // learnt.
-                dc.cursor.failed(now);
+                dc.cursor.on_failure(now);
                 return self.catalog_empty(at);
             }
             Some(names) => {
@@ -71,7 +71,7 @@ impl<R: Resolve> ConsulSource<R> {
                 difference = self.take_list(at, names, now);
             }
             None if dc.empty => {
-                dc.cursor.failed(now);
+                dc.cursor.on_failure(now);
                 return self.catalog_empty(at);
             }
             None => {}
@@ -227,7 +227,7 @@ impl<R: Resolve> ConsulSource<R> {
             }
             Ok(answer) => answer,
             Err(error) => {
-                watched.cursor.failed(now);
+                watched.cursor.on_failure(now);
                 watched.failures += 1;
                 // A single failure may be a server that restarts: by the second, another server has taken
                 // over.
@@ -239,13 +239,13 @@ impl<R: Resolve> ConsulSource<R> {
                 return;
             }
         };
-        let seen = watched.cursor.seen();
+        let seen = watched.cursor.last_index();
         if !Self::accept_answer(&mut watched.cursor, &answer.meta, was_strong, max_stale, now, &self.counters)
         {
             return;
         }
         let must_be_newer = std::mem::take(&mut watched.must_be_newer);
-        if must_be_newer && answer.value.is_none() && watched.cursor.seen() == seen && !was_strong {
+        if must_be_newer && answer.value.is_none() && watched.cursor.last_index() == seen && !was_strong {
             // The server that answered has not yet seen a change that another server reported.
             watched.cursor.ask_leader();
             return;
@@ -273,7 +273,7 @@ impl<R: Resolve> ConsulSource<R> {
             let where_it_is = if watched.listed { "lists it" } else { "hides something from this token" };
             let why: Arc<str> = format!("Consul {where_it_is}, and shows no instance of it: {RIGHTS}").into();
             // The query is retried with a back-off instead of blocking, because nothing was learnt.
-            watched.cursor.failed(now);
+            watched.cursor.on_failure(now);
             if watched.failure.as_ref() != Some(&why) {
                 watched.failure = Some(why);
                 self.update_service(&key.1);
@@ -291,7 +291,7 @@ impl<R: Resolve> ConsulSource<R> {
                  register (`services.include` chooses those that are wanted)",
                 self.max_kept
             );
-            watched.cursor.refused(now);
+            watched.cursor.on_rejected(now);
             watched.failure = Some(why.into());
             self.update_service(&key.1);
             self.schedule_view(now);

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use serde::de::{self, Deserializer};
-use vmesh_consul::{Addresses, Config, Consistency, MaxConnections, Pace, Tls};
+use vmesh_consul::{Addresses, Config, Consistency, MaxConnections, Tls, WatchOptions};
 use vmesh_model::text::show_duration;
 
 use crate::config::{name, seconds, yes};
@@ -137,13 +137,13 @@ impl ConsulConfig {
         }
     }
 
-    pub(crate) fn pace(&self) -> Pace {
+    pub(crate) fn pace(&self) -> WatchOptions {
         let consistency = match self.consistency {
             ConsistencyMode::Stale => Consistency::Stale,
             ConsistencyMode::Default => Consistency::Leader,
             ConsistencyMode::Consistent => Consistency::Consistent,
         };
-        Pace { wait: self.wait, consistency, max_stale: self.max_stale }
+        WatchOptions { wait: self.wait, consistency, max_stale: self.max_stale }
     }
 }
 

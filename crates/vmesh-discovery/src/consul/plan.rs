@@ -54,7 +54,7 @@ impl CheckWatch {
     /// of one service: ten times per second, after a burst of twenty.
     fn new(now: Instant) -> CheckWatch {
         CheckWatch {
-            cursor: Cursor::new(now).with_allowance(20, Duration::from_millis(100)),
+            cursor: Cursor::new(now).with_rate_limit(20, Duration::from_millis(100)),
             in_flight: false,
             digest: None,
             bytes: 0,
@@ -401,7 +401,7 @@ mod tests {
         while let Some(key) = taken.pop() {
             assert!(seen.insert(key.clone()), "{key:?} has had its turn");
             plan.end_query(&key);
-            plan.services.get_mut(&key).unwrap().cursor.failed(now);
+            plan.services.get_mut(&key).unwrap().cursor.on_failure(now);
             plan.enqueue(&key);
             taken.extend(plan.take_due(now, 1000));
         }

@@ -202,7 +202,7 @@ impl<R: Resolve> ConsulSource<R> {
     pub(super) fn checks_failed(&mut self, at: usize, failure: &str, now: Instant) {
         let Some(dc) = self.plan.datacenters.get_mut(at) else { return };
         dc.checks.in_flight = false;
-        dc.checks.cursor.failed(now);
+        dc.checks.cursor.on_failure(now);
         // A failure is logged once, not on each retry.
         if dc.checks.failure.replace(failure.into()).is_none() {
             tracing::debug!("{}: {failure}", self.name);

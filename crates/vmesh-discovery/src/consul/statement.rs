@@ -214,7 +214,7 @@ impl<R: Resolve> ConsulSource<R> {
                 problems.push(of_all(failure.to_string()));
             }
         }
-        problems.extend(self.client.complaints().iter().map(ToString::to_string).map(of_all));
+        problems.extend(self.client.warnings().iter().map(ToString::to_string).map(of_all));
         problems.extend(self.lateness_problem().map(of_all));
         problems
     }

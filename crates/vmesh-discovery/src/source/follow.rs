@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use vmesh_model::ServiceName;
 
 use super::{
-    Backoff, Counters, Events, NOT_ANSWERED_YET, Registrations, Source, SourceError, View, chain, escape_text,
+    Counters, Events, NOT_ANSWERED_YET, Registrations, Source, SourceError, View, call_backoff, chain, escape_text,
 };
 use crate::guard::{AcceptError, Guard, Notice, NoticeKind};
 use crate::resolve::UnresolvedNames;
@@ -84,7 +84,7 @@ pub async fn follow(mut source: impl Source, guard: Guard, link: Link) {
         needs_read: false,
         unresolved: Arc::default(),
     };
-    let mut backoff = Backoff::default();
+    let mut backoff = call_backoff();
     let mut again_at: Option<Instant> = None;
     followed.publish();
     loop {

@@ -332,14 +332,14 @@ async fn what_a_registry_says_reaches_no_terminal_and_no_log_unescaped() {
 
 #[test]
 fn the_backoff_grows_to_two_seconds_and_is_drawn() {
-    let mut backoff = Backoff::default();
-    let waits: VecDeque<_> = (0..12).map(|_| backoff.draw()).collect();
+    let mut backoff = call_backoff();
+    let waits: VecDeque<_> = (0..12).map(|_| backoff.next_pause()).collect();
     let millis = Duration::from_millis;
     assert!((millis(50)..=millis(100)).contains(&waits[0]), "{waits:?}");
     assert!((millis(400)..=millis(800)).contains(&waits[3]), "{waits:?}");
     assert!((millis(1_000)..=millis(2_000)).contains(&waits[11]), "{waits:?}");
     backoff.reset();
-    assert!(backoff.draw() <= millis(100));
+    assert!(backoff.next_pause() <= millis(100));
 }
 
 #[tokio::test(start_paused = true)]

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use serde::de::{self, Deserializer};
-use vmesh_zookeeper::config::{Auth, Connect, Sasl, Tls, Watch, check_path};
+use vmesh_zookeeper::config::{Auth, ConnectString, Sasl, Tls, Watch, check_path};
 use vmesh_zookeeper::{Config, Root};
 
 use crate::config::{half_a_minute, name, seconds, yes};
@@ -27,7 +27,7 @@ pub struct ZookeeperConfig {
     #[serde(default = "yes")]
     pub required: bool,
     /// The servers and an optional chroot: `zk1:2181,zk2:2181,zk3:2181/chroot`.
-    pub connect: Connect,
+    pub connect: ConnectString,
     #[serde(default)]
     pub auth: Option<Auth>,
     #[serde(default)]
@@ -134,7 +134,7 @@ impl RootConfig {
     /// Returns the subtree to mirror. Dubbo's consumers are left out: they are many, and nobody calls them.
     pub(crate) fn root(&self) -> Result<Root, String> {
         let may_be_dubbo = matches!(self.format, ZnodeFormat::Auto | ZnodeFormat::Dubbo);
-        let mut root = Root::new(self.path.as_str())?.keeping(move |path| {
+        let mut root = Root::new(self.path.as_str())?.with_filter(move |path| {
             !may_be_dubbo || !matches!(dubbo_category(path), Some("consumers" | "routers" | "configurators"))
         });
         (root.max_nodes, root.max_depth) = (self.max_nodes, self.max_depth);
@@ -201,10 +201,10 @@ mod tests {
     #[test]
     fn a_zookeeper_is_its_servers_and_what_is_below_which_root() {
         expect![[r#"
-            zookeeper:zk1:2181 ZookeeperConfig { name: None, required: true, connect: Connect { servers: ["zk1:2181"], chroot: "" }, auth: None, sasl: None, tls: None, session_timeout: 10s, read_only: true, watch: Auto, roots: [RootConfig { path: "/services", format: Auto, endpoint: None, group_by: Application, prefer: Port, recurse: true, services: [Pattern("*")], exclude: [], map: FieldPaths { zone: [], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }], resolve_interval: 30s, guard: GuardConfig { removal_hold: None, confirm_empty: 30s, confirm_shrink: 60s, confirmations: 2, shrink_ratio: 0.5, shrink_min: 5, confirm_unhealthy: 30s, fleet: FleetConfig { endpoints: 0.3, services: 0.2, min: 20, window: 60s }, max_stale: None, allow_empty: [] } }
+            zookeeper:zk1:2181 ZookeeperConfig { name: None, required: true, connect: ConnectString { servers: ["zk1:2181"], chroot: "" }, auth: None, sasl: None, tls: None, session_timeout: 10s, read_only: true, watch: Auto, roots: [RootConfig { path: "/services", format: Auto, endpoint: None, group_by: Application, prefer: Port, recurse: true, services: [Pattern("*")], exclude: [], map: FieldPaths { zone: [], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }], resolve_interval: 30s, guard: GuardConfig { removal_hold: None, confirm_empty: 30s, confirm_shrink: 60s, confirmations: 2, shrink_ratio: 0.5, shrink_min: 5, confirm_unhealthy: 30s, fleet: FleetConfig { endpoints: 0.3, services: 0.2, min: 20, window: 60s }, max_stale: None, allow_empty: [] } }
         "#]].assert_eq(&read("connect: zk1\nroots: [{path: /services}]\n"));
         expect![[r#"
-            old ZookeeperConfig { name: Some("old"), required: false, connect: Connect { servers: ["zk1:2181", "zk2:2182"], chroot: "/prod" }, auth: Some(Auth { digest_file: "/etc/zk.digest" }), sasl: Some(Sasl { mechanism: DigestMd5, credentials_file: "/etc/zk.sasl" }), tls: Some(Tls { ca_file: "/etc/ca.pem", cert_file: Some("/etc/c.pem"), key_file: Some("/etc/k.pem") }), session_timeout: 30s, read_only: false, watch: OneShot, roots: [RootConfig { path: "/discovery", format: ServerSet, endpoint: Some("http"), group_by: Application, prefer: Port, recurse: true, services: [Pattern("*")], exclude: [], map: FieldPaths { zone: [], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }, RootConfig { path: "/dubbo", format: Dubbo, endpoint: None, group_by: Interface, prefer: Port, recurse: true, services: [Pattern("com.acme.*")], exclude: [Pattern("*Test")], map: FieldPaths { zone: [], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }, RootConfig { path: "/services", format: Curator, endpoint: None, group_by: Application, prefer: SslPort, recurse: false, services: [Pattern("*")], exclude: [], map: FieldPaths { zone: ["metadata.dc"], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }], resolve_interval: 60s, guard: GuardConfig { removal_hold: Some(20s), confirm_empty: 30s, confirm_shrink: 60s, confirmations: 2, shrink_ratio: 0.5, shrink_min: 5, confirm_unhealthy: 30s, fleet: FleetConfig { endpoints: 0.3, services: 0.2, min: 20, window: 60s }, max_stale: None, allow_empty: [] } }
+            old ZookeeperConfig { name: Some("old"), required: false, connect: ConnectString { servers: ["zk1:2181", "zk2:2182"], chroot: "/prod" }, auth: Some(Auth { digest_file: "/etc/zk.digest" }), sasl: Some(Sasl { mechanism: DigestMd5, credentials_file: "/etc/zk.sasl" }), tls: Some(Tls { ca_file: "/etc/ca.pem", cert_file: Some("/etc/c.pem"), key_file: Some("/etc/k.pem") }), session_timeout: 30s, read_only: false, watch: OneShot, roots: [RootConfig { path: "/discovery", format: ServerSet, endpoint: Some("http"), group_by: Application, prefer: Port, recurse: true, services: [Pattern("*")], exclude: [], map: FieldPaths { zone: [], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }, RootConfig { path: "/dubbo", format: Dubbo, endpoint: None, group_by: Interface, prefer: Port, recurse: true, services: [Pattern("com.acme.*")], exclude: [Pattern("*Test")], map: FieldPaths { zone: [], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }, RootConfig { path: "/services", format: Curator, endpoint: None, group_by: Application, prefer: SslPort, recurse: false, services: [Pattern("*")], exclude: [], map: FieldPaths { zone: ["metadata.dc"], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }], resolve_interval: 60s, guard: GuardConfig { removal_hold: Some(20s), confirm_empty: 30s, confirm_shrink: 60s, confirmations: 2, shrink_ratio: 0.5, shrink_min: 5, confirm_unhealthy: 30s, fleet: FleetConfig { endpoints: 0.3, services: 0.2, min: 20, window: 60s }, max_stale: None, allow_empty: [] } }
         "#]].assert_eq(&read(
             "name: old\nrequired: false\nconnect: zk1:2181,zk2:2182/prod\nauth: {digest_file: /etc/zk.digest}\n\
              sasl: {mechanism: digest-md5, credentials_file: /etc/zk.sasl}\n\

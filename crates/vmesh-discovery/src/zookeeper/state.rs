@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use vmesh_model::{Place, Problem, Registration, ServiceName};
-use vmesh_zookeeper::mirror::Seen;
+use vmesh_zookeeper::mirror::RootView;
 use vmesh_zookeeper::{Node, Owner};
 
 use super::config::RootConfig;
@@ -129,7 +129,7 @@ impl ZookeeperState {
     }
 
     /// Takes a view of the mirror, with one entry per root in their order.
-    pub(super) fn take(&mut self, seen: &[Seen]) {
+    pub(super) fn take(&mut self, seen: &[RootView]) {
         let mut affected = BTreeSet::new();
         for (index, seen) in seen.iter().enumerate() {
             self.take_root(index, seen, &mut affected);
@@ -143,7 +143,7 @@ impl ZookeeperState {
         self.restored.retain(|_, known| reason_unknown(&unknown, known).is_some());
     }
 
-    fn take_root(&mut self, index: usize, seen: &Seen, affected: &mut BTreeSet<Arc<str>>) {
+    fn take_root(&mut self, index: usize, seen: &RootView, affected: &mut BTreeSet<Arc<str>>) {
         let Some(root) = self.roots.get_mut(index) else { return };
         if root.failed != seen.failed {
             root.failed.clone_from(&seen.failed);

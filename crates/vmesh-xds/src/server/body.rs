@@ -1,6 +1,6 @@
 use super::Admitted;
 use super::connection::{ConnectionUse, StreamGuard};
-use super::service::{ServiceShared, PeerInfo};
+use super::service::{PeerInfo, ServiceShared};
 use crate::grpc::{Failure, Messages};
 use crate::{Bounds, Protocol, Request, Session, SessionError, State};
 use bytes::Bytes;

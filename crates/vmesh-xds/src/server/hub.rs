@@ -90,9 +90,12 @@ impl Hub {
         let mut registry = self.write();
         let id = registry.next_feed;
         registry.next_feed += 1;
-        let signal = Arc::new(Mutex::new(FeedSignal { is_stopped: registry.stopping, ..FeedSignal::default() }));
+        let signal =
+            Arc::new(Mutex::new(FeedSignal { is_stopped: registry.stopping, ..FeedSignal::default() }));
         let class = class.into();
-        registry.feeds.insert(id, FeedEntry { class: class.clone(), scope: scope.clone(), signal: signal.clone() });
+        registry
+            .feeds
+            .insert(id, FeedEntry { class: class.clone(), scope: scope.clone(), signal: signal.clone() });
         registry.add_to_class(id, class, scope);
         Feed { control: FeedControl { id, registry: Arc::downgrade(&self.registry) }, signal }
     }
@@ -192,7 +195,9 @@ impl Registry {
         class.feeds += 1;
         match &scope.groups {
             Groups::All => _ = class.see_all.insert(id),
-            Groups::Named(keys) if keys.len() > INDEXED_GROUPS_MAX => _ = class.see_many.insert(id, scope.clone()),
+            Groups::Named(keys) if keys.len() > INDEXED_GROUPS_MAX => {
+                _ = class.see_many.insert(id, scope.clone())
+            }
             Groups::Named(keys) => keys.iter().for_each(|key| {
                 class.see_few.entry(key.clone()).or_default().insert(id);
             }),

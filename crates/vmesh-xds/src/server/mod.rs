@@ -17,5 +17,5 @@ mod service;
 
 pub use body::AdsBody;
 pub use hub::{Feed, FeedControl, Hub, Publication};
-pub use serve::{ConnectionLimits, Listener, serve, serve_connections, serve_connection};
+pub use serve::{ConnectionLimits, Listener, serve, serve_connection, serve_connections};
 pub use service::{Admission, Admitted, AdsService, Counters, Observer, PeerInfo, Refusal};

@@ -43,7 +43,13 @@ impl Session {
 
     /// Processes a NACK of an agent, which lists the refused resources with version and reason in the details
     /// of its error.
-    fn on_nack_with_refusals(&mut self, kind: Kind, mut response: InFlightResponse, error: &str, refusals: &agent::Refusals) {
+    fn on_nack_with_refusals(
+        &mut self,
+        kind: Kind,
+        mut response: InFlightResponse,
+        error: &str,
+        refusals: &agent::Refusals,
+    ) {
         let of_item = |item: &SentItem| {
             let mut of_name = refusals.refusals.iter().filter(|refusal| *refusal.name == *item.name);
             of_name.find(|refusal| match &item.sent {
@@ -139,7 +145,10 @@ impl Session {
         let good = before.resource().cloned();
         let copy = match (before, &sent) {
             (_, None) if blamed => ClientCopy::Unremovable(good),
-            (_, Some(resource)) if blamed => ClientCopy::Rejected(Box::new(RejectedCopy { fingerprint: resource.fingerprint(), last_good: good })),
+            (_, Some(resource)) if blamed => ClientCopy::Rejected(Box::new(RejectedCopy {
+                fingerprint: resource.fingerprint(),
+                last_good: good,
+            })),
             (rejected @ ClientCopy::Rejected(_), _) => rejected,
             _ => ClientCopy::Uncertain(good),
         };

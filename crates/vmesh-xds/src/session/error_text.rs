@@ -48,7 +48,11 @@ pub(super) fn decode_refusals(error: &rpc::Status) -> Option<agent::Refusals> {
 }
 
 /// Returns, for each name, whether the error text blames it.
-pub(super) fn blamed_names<'a>(kind: Kind, text: &str, names: impl ExactSizeIterator<Item = &'a str>) -> Vec<bool> {
+pub(super) fn blamed_names<'a>(
+    kind: Kind,
+    text: &str,
+    names: impl ExactSizeIterator<Item = &'a str>,
+) -> Vec<bool> {
     if names.len().saturating_mul(text.len()) > SEARCH_MAX {
         return vec![false; names.len()];
     }

@@ -202,7 +202,9 @@ impl Session {
         let Some(snapshot) = &self.snapshot else { return Vec::new() };
         let absence = AbsenceSignal::of(self.protocol, kind);
         let subscription = &mut self.subscriptions[kind];
-        let is_due = |change: &PendingChange| if *change == PendingChange::Remove { due.removals } else { due.changes };
+        let is_due = |change: &PendingChange| {
+            if *change == PendingChange::Remove { due.removals } else { due.changes }
+        };
 
         let mut alone = None;
         while let Some(mut names) = subscription.isolated.pop_front() {
@@ -306,7 +308,9 @@ impl Subscription {
     fn payload(&self, name: &str, absence: AbsenceSignal, target: Target<'_>) -> Option<Payload> {
         let copy = self.entries.get(name).map(|entry| &entry.copy);
         Some(match (target, absence, copy) {
-            (Target::Resource(new), _, Some(ClientCopy::Rejected(rejected))) if rejected.fingerprint == new.fingerprint() => {
+            (Target::Resource(new), _, Some(ClientCopy::Rejected(rejected)))
+                if rejected.fingerprint == new.fingerprint() =>
+            {
                 Payload::LastGood(rejected.last_good.clone().unwrap_or_else(|| without_endpoints(name)))
             }
             (Target::Resource(new), ..) => Payload::Resource(new.clone()),
@@ -315,7 +319,9 @@ impl Subscription {
             (Target::Empty, ..) | (Target::Absent, AbsenceSignal::EmptyAssignment, _) => {
                 Payload::Empty(without_endpoints(name))
             }
-            (Target::Absent, AbsenceSignal::RemovedList | AbsenceSignal::OmittedFromSet, _) => Payload::Absent,
+            (Target::Absent, AbsenceSignal::RemovedList | AbsenceSignal::OmittedFromSet, _) => {
+                Payload::Absent
+            }
             (Target::Absent, AbsenceSignal::Silence, _) | (Target::Unknown, ..) => return None,
         })
     }

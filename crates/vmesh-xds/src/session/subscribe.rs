@@ -43,7 +43,12 @@ impl Session {
         Ok(())
     }
 
-    pub(super) fn on_sotw_request(&mut self, now: Instant, kind: Kind, request: DiscoveryRequest) -> Result<(), SessionError> {
+    pub(super) fn on_sotw_request(
+        &mut self,
+        now: Instant,
+        kind: Kind,
+        request: DiscoveryRequest,
+    ) -> Result<(), SessionError> {
         self.on_answer(now, kind, &request.response_nonce, request.error_detail);
         let subscription = &mut self.subscriptions[kind];
         let ever_named = subscription.ever_named;
@@ -229,7 +234,8 @@ fn resumed_copy(snapshot: &Snapshot, kind: Kind, name: &str, version: &str) -> (
         }
         Target::Empty => {
             let empty = without_endpoints(name);
-            let copy = if *empty.version() == *version { ClientCopy::Empty(empty) } else { ClientCopy::Outdated };
+            let copy =
+                if *empty.version() == *version { ClientCopy::Empty(empty) } else { ClientCopy::Outdated };
             (name.into(), copy)
         }
         _ => (name.into(), ClientCopy::Outdated),

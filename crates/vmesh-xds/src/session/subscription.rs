@@ -97,7 +97,13 @@ const NAME_BYTES_MAX: usize = 16 << 20;
 
 impl Subscription {
     /// Updates `pending` after the target or the copy of `name` changed. `generation` is the store's.
-    pub(super) fn reconcile(&mut self, name: &Arc<str>, absence: AbsenceSignal, target: Target<'_>, generation: u64) {
+    pub(super) fn reconcile(
+        &mut self,
+        name: &Arc<str>,
+        absence: AbsenceSignal,
+        target: Target<'_>,
+        generation: u64,
+    ) {
         match pending_change(self.entries.get(name), self.wildcard, absence, target) {
             Some(change) => {
                 let before = self.pending.insert(name.clone(), change);

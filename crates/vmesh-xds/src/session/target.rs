@@ -148,7 +148,12 @@ impl AbsenceSignal {
 }
 
 /// Compares the target of a name with the client's copy and returns the change to send, if any.
-pub(super) fn pending_change(entry: Option<&NameEntry>, wildcard: bool, absence: AbsenceSignal, target: Target<'_>) -> Option<PendingChange> {
+pub(super) fn pending_change(
+    entry: Option<&NameEntry>,
+    wildcard: bool,
+    absence: AbsenceSignal,
+    target: Target<'_>,
+) -> Option<PendingChange> {
     let unknown = NameEntry::default();
     let NameEntry { copy, named, must_send, .. } = entry.unwrap_or(&unknown);
     if !named && !wildcard {
@@ -158,14 +163,21 @@ pub(super) fn pending_change(entry: Option<&NameEntry>, wildcard: bool, absence:
     match (target, copy) {
         (Target::Unknown, _) => None,
         // A rejected resource is not sent again. A client that subscribes again gets the last good one (R13).
-        (Target::Resource(new), ClientCopy::Rejected(rejected)) if rejected.fingerprint == new.fingerprint() => {
+        (Target::Resource(new), ClientCopy::Rejected(rejected))
+            if rejected.fingerprint == new.fingerprint() =>
+        {
             again.filter(|_| rejected.last_good.is_some() || new.kind() == Kind::Endpoint)
         }
         (
             Target::Resource(_),
-            ClientCopy::Nothing | ClientCopy::Absent | ClientCopy::Uncertain(None) | ClientCopy::Unremovable(None),
+            ClientCopy::Nothing
+            | ClientCopy::Absent
+            | ClientCopy::Uncertain(None)
+            | ClientCopy::Unremovable(None),
         ) => Some(PendingChange::Add),
-        (Target::Resource(_), ClientCopy::Rejected(rejected)) if rejected.last_good.is_none() => Some(PendingChange::Add),
+        (Target::Resource(_), ClientCopy::Rejected(rejected)) if rejected.last_good.is_none() => {
+            Some(PendingChange::Add)
+        }
         (Target::Resource(new), ClientCopy::Resource(old)) if new.fingerprint() == old.fingerprint() => again,
         (Target::Resource(_), _) => Some(PendingChange::Update),
 

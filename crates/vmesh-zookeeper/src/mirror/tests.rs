@@ -14,17 +14,17 @@ fn tree(paths: &[&str]) -> Option<Arc<Node>> {
     tree
 }
 
-fn starts(roots: &[Root], seen: &[Seen], events: &[(usize, zk::EventType, &str)]) -> String {
-    let mut dirty = Dirty::default();
+fn starts(roots: &[Root], seen: &[RootView], events: &[(usize, zk::EventType, &str)]) -> String {
+    let mut dirty = DirtyPaths::default();
     for (root, kind, path) in events {
-        assert!(dirty.note(roots, *root, event(*kind, path)));
+        assert!(dirty.add_event(roots, *root, event(*kind, path)));
     }
     let starts = dirty.starts(roots, seen);
-    let known = |start: &Start| {
+    let known = |start: &ReadStart| {
         let known = start.known.iter().map(|name| format!(" {name}"));
         known.collect::<String>()
     };
-    starts.iter().map(|s| format!("{} {} {:?}{}\n", s.root, s.path, s.want, known(s))).collect()
+    starts.iter().map(|s| format!("{} {} {:?}{}\n", s.root, s.path, s.scope, known(s))).collect()
 }
 
 #[test]
@@ -32,8 +32,8 @@ fn events_for_one_path_are_one_reading_of_it() {
     use zk::EventType::*;
     let roots = [Root::new("/services").unwrap(), Root::new("/").unwrap()];
     let seen = [
-        Seen { tree: tree(&["pay", "pay/a", "orders"]), failed: None },
-        Seen { tree: tree(&["x"]), failed: None },
+        RootView { tree: tree(&["pay", "pay/a", "orders"]), failed: None },
+        RootView { tree: tree(&["x"]), failed: None },
     ];
     let told = starts(
         &roots,
@@ -58,14 +58,14 @@ fn events_for_one_path_are_one_reading_of_it() {
         ],
     );
     expect![[r#"
-        0 /services/deep All
-        0 /services/new All
-        0 /services/new-er All
-        0 /services/orders All
+        0 /services/deep Subtree
+        0 /services/new Subtree
+        0 /services/new-er Subtree
+        0 /services/orders Subtree
         0 /services/pay Children a
         0 /services/pay/a Data
-        1 /x All
-        1 /y All
+        1 /x Subtree
+        1 /y Subtree
     "#]]
     .assert_eq(&told);
 }
@@ -73,13 +73,13 @@ fn events_for_one_path_are_one_reading_of_it() {
 #[test]
 fn a_root_that_is_not_there_is_read_whole_when_anything_is_heard_of_it() {
     let roots = [Root::new("/a").unwrap()];
-    let told = starts(&roots, &[Seen::default()], &[(0, zk::EventType::NodeCreated, "/a/b/c")]);
-    assert_eq!(told, "0 /a All\n");
+    let told = starts(&roots, &[RootView::default()], &[(0, zk::EventType::NodeCreated, "/a/b/c")]);
+    assert_eq!(told, "0 /a Subtree\n");
 }
 
 #[test]
 fn what_is_too_deep_or_not_wanted_is_not_read() {
-    let mut root = Root::new("/dubbo").unwrap().keeping(|path| !path.ends_with("consumers"));
+    let mut root = Root::new("/dubbo").unwrap().with_filter(|path| !path.ends_with("consumers"));
     root.max_depth = 3;
     for (path, covered) in [
         ("/dubbo", true),
@@ -88,12 +88,12 @@ fn what_is_too_deep_or_not_wanted_is_not_read() {
         ("/dubbo/com.acme.Pay/consumers", false),
         ("/dubbo/com.acme.Pay/consumers/x", false),
     ] {
-        assert_eq!(root.covers(path), covered, "{path}");
+        assert_eq!(root.reads(path), covered, "{path}");
     }
     assert!(root.is_deepest("/dubbo/a/b/c") && !root.is_deepest("/dubbo/a/b"));
     let mut top = Root::new("/").unwrap();
     top.max_depth = 1;
-    assert!(top.covers("/") && top.covers("/a") && !top.covers("/a/b"));
+    assert!(top.reads("/") && top.reads("/a") && !top.reads("/a/b"));
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::source::Registrations;
 
 /// Builds a tree from lines with a path below the root, a blank, and the data. The prefix `~` marks an
 /// ephemeral node, and `?` a node that has never been readable.
-fn tree(text: &str) -> Seen {
+fn tree(text: &str) -> RootView {
     let mut root = NodeBuilder::default();
     for (line, created) in text.trim().lines().map(str::trim).filter(|line| !line.is_empty()).zip(1..) {
         let (path, data) = line.split_once(' ').unwrap_or((line, ""));
@@ -25,7 +25,7 @@ fn tree(text: &str) -> Seen {
         (node.data, node.is_session, node.is_unread) = (data.to_owned(), is_session, is_unread);
         node.created = created;
     }
-    Seen { tree: Some(Arc::new(root.grown())), failed: None }
+    RootView { tree: Some(Arc::new(root.grown())), failed: None }
 }
 
 #[derive(Default)]
@@ -50,7 +50,7 @@ impl NodeBuilder {
 }
 
 /// Builds the next tree as a mirror does: an unchanged node keeps its pointer.
-fn then(before: &Seen, text: &str) -> Seen {
+fn then(before: &RootView, text: &str) -> RootView {
     fn kept(before: Option<&Arc<Node>>, now: &Arc<Node>) -> Arc<Node> {
         let mut node = (**now).clone();
         for (name, child) in &mut node.children {
@@ -67,7 +67,7 @@ fn then(before: &Seen, text: &str) -> Seen {
         before.filter(is_same).cloned().unwrap_or_else(|| Arc::new(node))
     }
     let now = tree(text);
-    Seen { tree: now.tree.map(|now| kept(before.tree.as_ref(), &now)), failed: None }
+    RootView { tree: now.tree.map(|now| kept(before.tree.as_ref(), &now)), failed: None }
 }
 
 fn roots(yaml: &str) -> Vec<RootConfig> {
@@ -227,7 +227,7 @@ fn a_directory_without_records_is_no_service_so_that_the_guard_decides() {
     reading.take(std::slice::from_ref(&before));
     reading.take(&[then(&before, "pay")]);
     check(&reading, expect![[""]]);
-    reading.take(&[Seen::default()]);
+    reading.take(&[RootView::default()]);
     check(
         &reading,
         expect![[r#"
@@ -424,7 +424,7 @@ fn what_cannot_be_read_after_a_restart_is_what_was_known_before() {
     let last_good: Registrations = assembler.view(&before.statement());
 
     let mut after = ZookeeperState::new("zk".into(), roots(yaml), Some(&last_good));
-    let failed = Seen { tree: None, failed: Some("could not read /gone: not allowed".into()) };
+    let failed = RootView { tree: None, failed: Some("could not read /gone: not allowed".into()) };
     after.take(&[
         tree(
             r#"
@@ -481,7 +481,7 @@ fn what_went_since_a_restart_does_not_come_back_when_something_cannot_be_read() 
     assert!(show(&after).contains("pay restored"), "{}", show(&after));
     let less = then(&hidden, "other");
     after.take(std::slice::from_ref(&less));
-    after.take(&[Seen { failed: Some("could not read /s: not allowed".into()), ..less }]);
+    after.take(&[RootView { failed: Some("could not read /s: not allowed".into()), ..less }]);
     assert!(after.unknown_root().is_none());
     check(
         &after,

@@ -13,7 +13,7 @@ fn r01_the_node_is_needed_once() {
 #[test]
 fn r02_a_first_request_without_a_node_ends_the_stream() {
     let mut envoy = Envoy::connected_to("");
-    envoy.said_hello = true;
+    envoy.introduced = true;
     assert_eq!(envoy.try_send(delta(Cluster, &[])), Err(SessionError::NoNode));
     let nameless = DeltaDiscoveryRequest { node: Some(Node::default()), ..delta(Cluster, &[]) };
     assert_eq!(envoy.try_send(nameless), Err(SessionError::NoNode));

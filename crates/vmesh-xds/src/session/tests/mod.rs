@@ -14,8 +14,8 @@ use prost::Message;
 use std::collections::BTreeMap;
 use std::time::Duration;
 use vmesh_proto::agent;
-use vmesh_proto::envoy::config::endpoint::v3::ClusterLoadAssignment;
 use vmesh_proto::envoy::config::core::v3::Node;
+use vmesh_proto::envoy::config::endpoint::v3::ClusterLoadAssignment;
 use vmesh_proto::envoy::service::discovery::v3::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
 };

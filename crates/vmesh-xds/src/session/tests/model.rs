@@ -393,7 +393,9 @@ impl Client {
                     Some(_) => assert_eq!(seen, expected, "{place}"),
                     None => match AbsenceSignal::of(self.protocol, kind) {
                         AbsenceSignal::Silence => {}
-                        AbsenceSignal::EmptyAssignment => assert!(seen.is_none_or(|seen| seen == "empty"), "{place}"),
+                        AbsenceSignal::EmptyAssignment => {
+                            assert!(seen.is_none_or(|seen| seen == "empty"), "{place}")
+                        }
                         _ if kind == Endpoint && snapshot.get(Cluster, &name).is_some() => {
                             assert_eq!(seen.as_deref(), Some("empty"), "{place}");
                         }

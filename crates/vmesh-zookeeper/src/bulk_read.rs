@@ -11,36 +11,36 @@ use tokio::task::JoinSet;
 use zookeeper_client as zk;
 
 use crate::mirror::Root;
-use crate::session::{is_of_session, words};
-use crate::tree::{Children, Found, Here, Owner, Stat, join, segments};
+use crate::session::{describe, is_of_session};
+use crate::tree::{ChildrenUpdate, NodeContent, Owner, PathContent, Stat, join, segments};
 
 /// The limit of requests in flight. A server queues 1,000 requests before it stops reading from all clients,
 /// and up to this many replies, which the client bounds one by one (8 MiB), are in memory together.
-const AT_ONCE: usize = 64;
+const WINDOW: usize = 64;
 
 /// Which part of a node to read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Want {
+pub(crate) enum ReadScope {
     /// The data of the node.
     Data,
     /// The list of children, and each new child with its subtree.
     Children,
     /// The node and its whole subtree.
-    All,
+    Subtree,
 }
 
-impl Want {
-    pub(crate) fn and(self, other: Want) -> Want {
-        if self == other { self } else { Want::All }
+impl ReadScope {
+    pub(crate) fn and(self, other: ReadScope) -> ReadScope {
+        if self == other { self } else { ReadScope::Subtree }
     }
 }
 
 /// A node at which a read starts.
 #[derive(Debug, Clone)]
-pub(crate) struct Start {
+pub(crate) struct ReadStart {
     pub(crate) root: usize,
     pub(crate) path: String,
-    pub(crate) want: Want,
+    pub(crate) scope: ReadScope,
     /// The children that are already known, for [`ReadScope::Children`].
     pub(crate) known: BTreeSet<String>,
 }
@@ -51,11 +51,11 @@ pub(crate) type OneShots = JoinSet<(usize, zk::WatchedEvent)>;
 /// The result of a read, by the index of the root.
 #[derive(Debug, Default)]
 pub(crate) struct Findings {
-    pub(crate) found: BTreeMap<usize, BTreeMap<String, Found>>,
+    pub(crate) found: BTreeMap<usize, BTreeMap<String, PathContent>>,
     /// Roots with a subtree that exceeds a limit.
-    pub(crate) too_many: BTreeMap<usize, Excess>,
+    pub(crate) exceeded: BTreeMap<usize, ExceededLimit>,
     /// Nodes that could not be read.
-    pub(crate) refused: BTreeSet<(usize, String)>,
+    pub(crate) unreadable: BTreeSet<(usize, String)>,
     pub(crate) reads: u64,
     pub(crate) failed: u64,
     /// The number of nodes found below each root.
@@ -66,39 +66,39 @@ pub(crate) struct Findings {
 
 /// A limit of a root that its subtree exceeds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Excess {
+pub(crate) enum ExceededLimit {
     Nodes,
     Bytes,
 }
 
-type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, zk::Error>> + Send + 'a>>;
+type ReplyFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, zk::Error>> + Send + 'a>>;
 
-enum Question<'a> {
-    Data(Answer<'a, (Vec<u8>, zk::Stat, Option<zk::OneshotWatcher>)>),
-    Children(Answer<'a, (Vec<String>, Option<zk::OneshotWatcher>)>),
+enum PendingReply<'a> {
+    Data(ReplyFuture<'a, (Vec<u8>, zk::Stat, Option<zk::OneshotWatcher>)>),
+    Children(ReplyFuture<'a, (Vec<String>, Option<zk::OneshotWatcher>)>),
     /// Checks whether a missing root exists by now, and watches for its creation.
-    Exists(Answer<'a, (Option<zk::Stat>, zk::OneshotWatcher)>),
+    Exists(ReplyFuture<'a, (Option<zk::Stat>, zk::OneshotWatcher)>),
 }
 
 struct Job {
     root: usize,
     path: String,
-    want: Want,
+    scope: ReadScope,
     known: BTreeSet<String>,
-    ask: Ask,
+    request: RequestKind,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ask {
+enum RequestKind {
     Data,
     Children,
     Exists,
 }
 
 impl Job {
-    fn new(root: usize, path: String, want: Want) -> Job {
-        let ask = if want == Want::Children { Ask::Children } else { Ask::Data };
-        Job { root, path, want, known: BTreeSet::new(), ask }
+    fn new(root: usize, path: String, scope: ReadScope) -> Job {
+        let request = if scope == ReadScope::Children { RequestKind::Children } else { RequestKind::Data };
+        Job { root, path, scope, known: BTreeSet::new(), request }
     }
 }
 
@@ -107,47 +107,47 @@ impl Job {
 pub(crate) async fn read(
     client: &zk::Client,
     roots: &[Root],
-    starts: Vec<Start>,
+    starts: Vec<ReadStart>,
     mut watch: Option<&mut OneShots>,
 ) -> Result<Findings, (Findings, zk::Error)> {
     let mut findings = Findings::default();
     let mut todo: VecDeque<Job> = starts
         .into_iter()
-        .map(|start| Job { known: start.known, ..Job::new(start.root, start.path, start.want) })
+        .map(|start| Job { known: start.known, ..Job::new(start.root, start.path, start.scope) })
         .collect();
-    let mut asked: VecDeque<(Job, Question<'_>)> = VecDeque::new();
+    let mut in_flight: VecDeque<(Job, PendingReply<'_>)> = VecDeque::new();
     loop {
-        while asked.len() < AT_ONCE
+        while in_flight.len() < WINDOW
             && let Some(job) = todo.pop_front()
         {
-            let question = ask(client, &job, watch.is_some());
+            let reply = send(client, &job, watch.is_some());
             findings.reads += 1;
-            asked.push_back((job, question));
+            in_flight.push_back((job, reply));
         }
-        let Some((job, question)) = asked.pop_front() else { return Ok(findings) };
-        let error = match question {
-            Question::Data(answer) => match answer.await {
+        let Some((job, reply)) = in_flight.pop_front() else { return Ok(findings) };
+        let error = match reply {
+            PendingReply::Data(answer) => match answer.await {
                 Ok((data, stat, watcher)) => {
                     arm(watch.as_deref_mut(), job.root, watcher);
-                    findings.data(job, data, &stat, watch.is_some(), roots, &mut todo);
+                    findings.add_data(job, data, &stat, watch.is_some(), roots, &mut todo);
                     continue;
                 }
                 Err(error) => error,
             },
-            Question::Children(answer) => match answer.await {
+            PendingReply::Children(answer) => match answer.await {
                 Ok((names, watcher)) => {
                     arm(watch.as_deref_mut(), job.root, watcher);
-                    findings.children(&job, names, roots, &mut todo);
+                    findings.add_children(&job, names, roots, &mut todo);
                     continue;
                 }
                 Err(error) => error,
             },
-            Question::Exists(answer) => match answer.await {
+            PendingReply::Exists(answer) => match answer.await {
                 Ok((stat, watcher)) => {
                     arm(watch.as_deref_mut(), job.root, Some(watcher));
                     match stat {
-                        Some(_) => todo.push_back(Job { ask: Ask::Data, ..job }),
-                        None => findings.put(&job, Found::Gone),
+                        Some(_) => todo.push_back(Job { request: RequestKind::Data, ..job }),
+                        None => findings.put(&job, PathContent::Absent),
                     }
                     continue;
                 }
@@ -161,34 +161,36 @@ pub(crate) async fn read(
         let is_root = roots.get(job.root).is_some_and(|root| root.path == job.path);
         match error {
             // Watching a missing root needs a request of its own: reading it sets no watch.
-            zk::Error::NoNode if is_root && watch.is_some() && job.ask != Ask::Exists => {
-                todo.push_back(Job { ask: Ask::Exists, want: Want::All, ..job });
+            zk::Error::NoNode if is_root && watch.is_some() && job.request != RequestKind::Exists => {
+                todo.push_back(Job { request: RequestKind::Exists, scope: ReadScope::Subtree, ..job });
             }
-            zk::Error::NoNode => findings.put(&job, Found::Gone),
-            error => findings.refused(job, &error),
+            zk::Error::NoNode => findings.put(&job, PathContent::Absent),
+            error => findings.add_unreadable(job, &error),
         }
     }
 }
 
-fn ask<'a>(client: &'a zk::Client, job: &Job, watch: bool) -> Question<'a> {
-    match (job.ask, watch) {
-        (Ask::Data, false) => {
+fn send<'a>(client: &'a zk::Client, job: &Job, watch: bool) -> PendingReply<'a> {
+    match (job.request, watch) {
+        (RequestKind::Data, false) => {
             let answer = client.get_data(&job.path);
-            Question::Data(Box::pin(async move { answer.await.map(|(data, stat)| (data, stat, None)) }))
+            PendingReply::Data(Box::pin(async move { answer.await.map(|(data, stat)| (data, stat, None)) }))
         }
-        (Ask::Data, true) => {
+        (RequestKind::Data, true) => {
             let answer = client.get_and_watch_data(&job.path);
-            Question::Data(Box::pin(async move { answer.await.map(|(data, stat, w)| (data, stat, Some(w))) }))
+            PendingReply::Data(Box::pin(
+                async move { answer.await.map(|(data, stat, w)| (data, stat, Some(w))) },
+            ))
         }
-        (Ask::Children, false) => {
+        (RequestKind::Children, false) => {
             let answer = client.list_children(&job.path);
-            Question::Children(Box::pin(async move { answer.await.map(|names| (names, None)) }))
+            PendingReply::Children(Box::pin(async move { answer.await.map(|names| (names, None)) }))
         }
-        (Ask::Children, true) => {
+        (RequestKind::Children, true) => {
             let answer = client.list_and_watch_children(&job.path);
-            Question::Children(Box::pin(async move { answer.await.map(|(names, w)| (names, Some(w))) }))
+            PendingReply::Children(Box::pin(async move { answer.await.map(|(names, w)| (names, Some(w))) }))
         }
-        (Ask::Exists, _) => Question::Exists(Box::pin(client.check_and_watch_stat(&job.path))),
+        (RequestKind::Exists, _) => PendingReply::Exists(Box::pin(client.check_and_watch_stat(&job.path))),
     }
 }
 
@@ -199,24 +201,24 @@ fn arm(watch: Option<&mut OneShots>, root: usize, watcher: Option<zk::OneshotWat
 }
 
 impl Findings {
-    fn put(&mut self, job: &Job, found: Found) {
+    fn put(&mut self, job: &Job, found: PathContent) {
         self.found.entry(job.root).or_default().insert(job.path.clone(), found);
     }
 
     /// Updates the content of an existing node.
-    fn here(&mut self, job: &Job, note: impl FnOnce(&mut Here)) {
+    fn update_content(&mut self, job: &Job, note: impl FnOnce(&mut NodeContent)) {
         let found = self.found.entry(job.root).or_default();
         match found.get_mut(&job.path) {
-            Some(Found::Here(here)) => note(here),
+            Some(PathContent::Present(content)) => note(content),
             _ => {
-                let mut here = Here { data: None, children: Children::AsKnown };
-                note(&mut here);
-                found.insert(job.path.clone(), Found::Here(here));
+                let mut content = NodeContent { data: None, children: ChildrenUpdate::Unchanged };
+                note(&mut content);
+                found.insert(job.path.clone(), PathContent::Present(content));
             }
         }
     }
 
-    fn data(
+    fn add_data(
         &mut self,
         job: Job,
         data: Vec<u8>,
@@ -230,24 +232,24 @@ impl Findings {
         let deep = roots.get(job.root).is_some_and(|root| root.is_deepest(&job.path));
         // One-shot watches report a first child only if the parent's children were listed, even an empty list.
         let may_have_children = !owner.is_session() && !deep && (watch || stat.num_children > 0);
-        let all = job.want == Want::All;
+        let all = job.scope == ReadScope::Subtree;
         if !self.has_room(&job, data.len() + job.path.len(), roots, todo) {
             return;
         }
-        self.here(&job, |here| {
-            here.data = Some(Ok((Bytes::from(data), kept)));
+        self.update_content(&job, |content| {
+            content.data = Some(Ok((Bytes::from(data), kept)));
             if all {
-                here.children = Children::None;
+                content.children = ChildrenUpdate::None;
             }
         });
         if all && may_have_children {
-            todo.push_back(Job { ask: Ask::Children, ..job });
+            todo.push_back(Job { request: RequestKind::Children, ..job });
         }
     }
 
-    fn children(&mut self, job: &Job, mut names: Vec<String>, roots: &[Root], todo: &mut VecDeque<Job>) {
+    fn add_children(&mut self, job: &Job, mut names: Vec<String>, roots: &[Root], todo: &mut VecDeque<Job>) {
         let Some(root) = roots.get(job.root) else { return };
-        names.retain(|name| root.wants(&join(&job.path, name)));
+        names.retain(|name| root.accepts(&join(&job.path, name)));
         if !self.has_room(job, names.iter().map(String::len).sum(), roots, todo) {
             return;
         }
@@ -255,41 +257,43 @@ impl Findings {
         let queued = self.queued.entry(job.root).or_default();
         *queued += new.len();
         if *queued > root.max_nodes {
-            self.give_up(job.root, Excess::Nodes, todo);
+            self.abandon_root(job.root, ExceededLimit::Nodes, todo);
         } else {
-            todo.extend(new.into_iter().map(|name| Job::new(job.root, join(&job.path, name), Want::All)));
+            todo.extend(
+                new.into_iter().map(|name| Job::new(job.root, join(&job.path, name), ReadScope::Subtree)),
+            );
         }
-        self.here(job, |here| here.children = Children::Are(names));
+        self.update_content(job, |content| content.children = ChildrenUpdate::List(names));
     }
 
     /// Adds `more` bytes to the root of `job`. Returns `false` if the root then exceeds its limit.
     fn has_room(&mut self, job: &Job, more: usize, roots: &[Root], todo: &mut VecDeque<Job>) -> bool {
-        if self.too_many.contains_key(&job.root) {
+        if self.exceeded.contains_key(&job.root) {
             return false;
         }
         let bytes = self.bytes.entry(job.root).or_default();
         *bytes = bytes.saturating_add(more);
         let has_room = roots.get(job.root).is_some_and(|root| *bytes <= root.max_bytes);
         if !has_room {
-            self.give_up(job.root, Excess::Bytes, todo);
+            self.abandon_root(job.root, ExceededLimit::Bytes, todo);
         }
         has_room
     }
 
     /// Stops reading below a root and discards what was read of it.
-    fn give_up(&mut self, root: usize, excess: Excess, todo: &mut VecDeque<Job>) {
-        self.too_many.insert(root, excess);
+    fn abandon_root(&mut self, root: usize, excess: ExceededLimit, todo: &mut VecDeque<Job>) {
+        self.exceeded.insert(root, excess);
         self.found.remove(&root);
         todo.retain(|waiting| waiting.root != root);
     }
 
-    fn refused(&mut self, job: Job, error: &zk::Error) {
+    fn add_unreadable(&mut self, job: Job, error: &zk::Error) {
         self.failed += 1;
-        self.refused.insert((job.root, job.path.clone()));
-        let why: Arc<str> = format!("could not read {}: {}", job.path, words(error)).into();
-        self.here(&job, |here| {
-            here.data = Some(Err(why));
-            here.children = Children::AsKnown;
+        self.unreadable.insert((job.root, job.path.clone()));
+        let why: Arc<str> = format!("could not read {}: {}", job.path, describe(error)).into();
+        self.update_content(&job, |content| {
+            content.data = Some(Err(why));
+            content.children = ChildrenUpdate::Unchanged;
         });
     }
 }
