@@ -72,8 +72,8 @@ pub fn shuffle<T>(items: &mut [T]) {
     generator().shuffle(items);
 }
 
-/// Makes a generator whose seed comes from the operating system, by way of the keys of the standard library's hash maps. It
-/// is no source of secrets.
+/// Makes a generator whose seed comes from the operating system, by way of the keys of the standard library's
+/// hash maps. The output is unsuitable for secrets.
 fn generator() -> fastrand::Rng {
     fastrand::Rng::with_seed(RandomState::new().hash_one(0u8))
 }

@@ -48,7 +48,7 @@ pub struct Counters {
     pub connects: AtomicU64,
     /// Connections that are open now.
     pub connections: AtomicU64,
-    /// How often a server's index went back or was missing.
+    /// The number of answers with an index that went back or was missing.
     pub index_resets: AtomicU64,
 }
 
@@ -85,13 +85,13 @@ pub struct Query {
 pub struct Meta {
     /// `None` if the header is missing or not a number.
     pub index: Option<u64>,
-    /// Whether the server knows a leader. Servers that stream their answers do not send this; then it is true.
+    /// False if the server reports that it knows no leader. Servers that stream their answers do not report it.
     pub known_leader: bool,
     /// The maximum age of a stale answer.
     pub last_contact: Duration,
-    /// Whether the answer omits entries that the token may not read. Servers before 1.11 never set it.
+    /// True if the answer omits entries that the token may not read. Servers before 1.11 never report it.
     pub filtered: bool,
-    /// Whether addresses of other datacenters are already their WAN addresses.
+    /// True if addresses of other datacenters are already their WAN addresses.
     pub translated: bool,
     /// A hash of the body: equal bodies have equal hashes.
     pub hash: u64,
@@ -300,7 +300,7 @@ impl Client {
             return;
         }
         if let (Some(previous), Some(taken)) = (self.0.pools.get(at), self.0.pools.get(next)) {
-            tracing::info!("{} is previous for {}: {kind}", previous.address, taken.address);
+            tracing::info!("{} failed ({kind}): {} is used from now on", previous.address, taken.address);
             // After a timeout or a lost connection, further requests to the address would fail too. After other
             // errors the address may still answer the requests that it has.
             if matches!(kind, ErrorKind::Timeout(_) | ErrorKind::Unreachable(_)) {
@@ -416,7 +416,7 @@ impl Client {
             let outcome = tokio::select! {
                 outcome = timeout(within, whole) => outcome,
                 Ok(()) = abandoned.changed(), if may_abandon => {
-                    return Err(ErrorKind::Unreachable("it was left for another server".to_owned()));
+                    return Err(ErrorKind::Unreachable("the client has turned to another server since".to_owned()));
                 }
             };
             return match outcome {

@@ -32,7 +32,7 @@ pub enum ErrorKind {
     Forbidden(String),
     #[error("Consul knows no such thing (HTTP 404): {0:?}")]
     NotFound(String),
-    /// This server is overloaded; another may answer.
+    /// The server limits its clients; another server may answer.
     #[error("Consul limits its clients (HTTP 429): {0:?}; see `limits` of its configuration")]
     Limited(String),
     #[error("Consul answered HTTP {status}: {said:?}")]

@@ -33,7 +33,7 @@ impl fmt::Debug for Entry {
 pub struct Entries {
     /// Sorted by key.
     pub entries: Vec<Entry>,
-    /// Whether Consul answered that the prefix does not exist (404). A token without read permission gets the
+    /// True if Consul answered that the prefix does not exist (404). A token without read permission gets the
     /// same answer.
     pub absent: bool,
 }

@@ -14,9 +14,9 @@ use crate::error::{ConsulError, ErrorKind};
 /// The parameters of a [`Watch`].
 #[derive(Debug, Clone)]
 pub struct WatchOptions {
-    /// How long a query blocks; Consul's limit is 10 min.
+    /// The time for which a query blocks; Consul's limit is 10 min.
     pub wait: Duration,
-    /// Which servers may answer.
+    /// The servers that may answer.
     pub consistency: Consistency,
     /// The maximum age of a stale answer. An older one is discarded, and the leader is asked.
     pub max_stale: Duration,
@@ -151,7 +151,7 @@ impl<T> Watch<T> {
         match verdict {
             Verdict::Unchanged if !self.has_failed => Ok(None),
             Verdict::Doubtful(doubt) => {
-                tracing::debug!("{}: {doubt}: the leader is in_flight", self.path);
+                tracing::debug!("{}: {doubt}: the leader is asked", self.path);
                 Ok(None)
             }
             // After an error the value is returned even if it is unchanged, to end the caller's outage.

@@ -145,7 +145,8 @@ impl<B: Body> Messages<B> {
         self.trailers.as_ref()
     }
 
-    /// Takes the first message out of the buffer. Returns `None` while the message is incomplete.
+    /// Removes the first message from the buffer and returns it. Returns `None` while the message is
+    /// incomplete.
     fn take(&mut self) -> Result<Option<Bytes>, Failure> {
         let Some((&[compressed, ref len @ ..], _)) = self.buffer.split_first_chunk::<5>() else {
             return Ok(None);

@@ -2,14 +2,14 @@ use crate::{Group, Kind, Resource, Store};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-/// Which groups a client may see.
+/// The groups that a client may see.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Groups {
     All,
     Named(BTreeSet<Arc<str>>),
 }
 
-/// Which resources of a store one client may see. The server answers a client as if resources outside its scope
+/// The part of a store that one client may see. The server answers a client as if resources outside its scope
 /// did not exist (R35).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Scope {

@@ -189,7 +189,7 @@ impl Subscriber {
     pub fn on_response(&mut self, response: DeltaDiscoveryResponse) -> Option<Update> {
         let DeltaDiscoveryResponse { type_url, nonce, resources, removed_resources, .. } = response;
         let Some(kind) = Kind::from_type_url(&type_url) else {
-            self.answers.push_back(nack(type_url, nonce, "nobody asked for this type"));
+            self.answers.push_back(nack(type_url, nonce, "the client has no subscription to this type"));
             return None;
         };
         let mut update = Update {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde::de::{self, Deserializer};
 
-/// How to open a session.
+/// The servers of a ZooKeeper ensemble, and the options of a session with them.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -20,12 +20,12 @@ pub struct Config {
     pub sasl: Option<Sasl>,
     #[serde(default)]
     pub tls: Option<Tls>,
-    /// How long the servers keep a session whose client is silent; they may insist on another value. A client
-    /// that gets no answer for two fifths of this time considers its connection lost. Default: 10 s.
+    /// The time for which the servers keep a session of a silent client; they may insist on another value. A
+    /// client that gets no answer for two fifths of this time considers its connection lost. Default: 10 s.
     #[serde(default = "ten_seconds", deserialize_with = "duration")]
     pub session_timeout: Duration,
-    /// Whether to read from a server that has lost its quorum; its answers count as stale. Default: yes.
-    /// Servers offer such reads only with `readonlymode.enabled`, and 3.8 also requires `localSessionsEnabled`.
+    /// Allows reads from a server that has lost its quorum; its answers count as stale. Default: yes. Servers
+    /// offer such reads only with `readonlymode.enabled`, and 3.8 also requires `localSessionsEnabled`.
     #[serde(default = "yes")]
     pub read_only: bool,
     #[serde(default)]
@@ -106,7 +106,7 @@ pub struct Tls {
     pub key_file: Option<PathBuf>,
 }
 
-/// How to learn of changes.
+/// The kind of watches by which a mirror learns of changes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Watch {

@@ -71,7 +71,8 @@ impl Holder {
             return Err(format!("`{}` is not the path of a node that can be made", spec.path));
         }
         let (commands, received) = mpsc::unbounded_channel();
-        let (publish, status) = watch::channel(HolderStatus::Waiting("it has just been asked for".into()));
+        let (publish, status) =
+            watch::channel(HolderStatus::Waiting("the first attempt to create it has not ended yet".into()));
         let session_timeout = config.session_timeout;
         let task = HolderTask {
             config,

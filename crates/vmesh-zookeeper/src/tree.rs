@@ -26,12 +26,12 @@ pub struct Stat {
     /// The transactions that created the node and that last changed its data: greater is later.
     pub created: i64,
     pub modified: i64,
-    /// When the data last changed, in milliseconds since 1970 according to the leader's clock.
+    /// The time of the last change of the data, in milliseconds since 1970 according to the leader's clock.
     pub modified_at: i64,
     pub owner: Owner,
 }
 
-/// What decides about the lifetime of a node.
+/// The owner of a node, which decides about the node's lifetime.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Owner {
     /// Exists until it is deleted; it tells nothing about a living process.

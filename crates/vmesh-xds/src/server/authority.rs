@@ -52,11 +52,11 @@ struct Scanner {
 enum Field {
     #[default]
     Start,
-    /// In a number of several bytes.
+    /// The next byte continues a number.
     Number { of: Number, value: u32, shift: u32 },
-    /// At the length of a string.
+    /// The next byte begins the length of a string.
     Length(Text),
-    /// In a string that has `left` more bytes.
+    /// The next byte belongs to a string, which has `left` more bytes.
     Text { text: Text, left: u32, is_coded: bool },
 }
 

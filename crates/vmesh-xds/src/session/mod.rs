@@ -53,7 +53,7 @@ use target::{AbsenceSignal, Target};
 pub struct Session {
     protocol: Protocol,
     control_plane: Arc<str>,
-    /// The arrival time of the first request.
+    /// The time at which the stream's first request arrived.
     opened: Option<Instant>,
     /// Versions that the client listed as kept from an earlier stream, as (kind, name, version), until the
     /// first snapshot arrives to compare them with.

@@ -27,7 +27,7 @@ const SPLIT_AT: usize = 2 << 20;
 /// The limit of responses that are split in halves to find the resource that one rejection is about.
 const ISOLATIONS: u8 = 64;
 /// The limit of unanswered responses per kind. A second one is sent only after
-/// [`ANSWER_CAP`](subscription::ANSWER_CAP).
+/// [`ANSWER_CAP`](super::subscription::ANSWER_CAP).
 const IN_FLIGHT_MAX: usize = 4;
 
 impl Session {

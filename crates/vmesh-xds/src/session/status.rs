@@ -32,7 +32,8 @@ pub enum State {
 
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct KindStatus {
-    /// Whether the client subscribed to this kind. A kind without a subscription is not out of date (R15).
+    /// True once the client has subscribed to this kind. A kind without a subscription is not out of date
+    /// (R15).
     pub subscribed: bool,
     /// The time at which the latest unanswered response was sent.
     pub in_flight_since: Option<Instant>,

@@ -1,4 +1,4 @@
-//! The subscriptions of one client: which names it asked for, what it has, and what it must be sent.
+//! The subscriptions of one client: names, the client's copies of their resources, and pending changes.
 
 use super::SessionError;
 use super::target::{AbsenceSignal, ClientCopy, PendingChange, Target, pending_change};
@@ -12,15 +12,14 @@ use std::time::{Duration, Instant};
 /// One client's subscription to one kind: its names, the client's copy of each, and the names that are pending.
 #[derive(Default)]
 pub(super) struct Subscription {
-    /// Whether the stream has carried a request of this kind.
+    /// True after the first request of this kind on the stream.
     pub has_requests: bool,
     pub wildcard: bool,
-    /// Whether a request of this stream named a resource; from then on an empty list no longer means "all"
-    /// (R21).
+    /// True after the first request with a name; from then on an empty list no longer means "all" (R21).
     pub ever_named: bool,
-    /// Whether the client listed versions that it kept from an earlier stream.
+    /// True if the client listed versions that it kept from an earlier stream.
     pub resumed: bool,
-    /// Whether the client waits for a response, even an empty one.
+    /// True while the client waits for a response, even an empty one.
     pub answer_due: bool,
     pub entries: HashMap<Arc<str>, NameEntry, RandomState>,
     pub named: usize,
@@ -55,9 +54,9 @@ pub(super) struct Subscription {
 #[derive(Default)]
 pub(super) struct NameEntry {
     pub copy: ClientCopy,
-    /// Whether the client subscribed to this name explicitly; otherwise only the wildcard covers it.
+    /// True if the client subscribed to this name explicitly; otherwise only the wildcard covers it.
     pub named: bool,
-    /// Whether the resource is sent even if the client has it (R24, R25, R27, R46).
+    /// True if the resource must be sent even to a client that has it (R24, R25, R27, R46).
     pub must_send: bool,
     pub mark: bool,
 }
@@ -66,9 +65,9 @@ pub(super) struct NameEntry {
 pub(super) struct InFlightResponse {
     pub nonce: u64,
     pub since: Instant,
-    /// Whether the response contains a [`PendingChange::Add`].
+    /// True if the response contains a [`PendingChange::Add`].
     pub adds: bool,
-    /// Whether the next response of this kind waits for the answer. `false` once the client has subscribed to
+    /// True while the next response of this kind waits for the answer; false once the client has subscribed to
     /// more names (R20).
     pub blocking: bool,
     pub behind_since: Option<u64>,

@@ -1,4 +1,4 @@
-//! The resource that a client has, the one that it should have, and the change between the two.
+//! The client's copy of a resource, the target for it, and the pending change from copy to target.
 
 use super::Protocol;
 use super::subscription::{NameEntry, Subscription};
@@ -22,7 +22,7 @@ pub(super) enum ClientCopy {
     /// The client rejected a response that contained the resource, perhaps because of another one. The client
     /// may still have the last good resource.
     Uncertain(Option<Arc<Resource>>),
-    /// The client rejected a resource and still has the last good one, if any.
+    /// The client rejected a resource and keeps the last good resource, if there was any.
     Rejected(Box<RejectedCopy>),
     /// The client rejected the removal and still has the last good resource, if the session knows it.
     Unremovable(Option<Arc<Resource>>),

@@ -1,6 +1,10 @@
 use expect_test::expect;
+use zookeeper_client as zk;
 
+use super::dirty_paths::DirtyPaths;
 use super::*;
+use crate::bulk_read::ReadStart;
+use crate::tree::put;
 
 fn event(kind: zk::EventType, path: &str) -> zk::WatchedEvent {
     zk::WatchedEvent::new(kind, path)

@@ -214,7 +214,7 @@ impl Envoy {
         assert_eq!(self.receive(), None);
     }
 
-    /// Asserts that the session sends no response now, nor at any of its timeouts within this time.
+    /// Asserts that the session sends no response for this many seconds, also at its timeouts.
     #[track_caller]
     fn expect_silence_for(&mut self, seconds: u64) {
         let end = self.now + Duration::from_secs(seconds);
