@@ -12,14 +12,14 @@
 //! This is the only crate that names `zookeeper-client`, a large dependency with three peculiarities:
 //!
 //! - It loses persistent watches at every reconnect, without an error (`session/watch.rs` of 0.11.2 restores
-//! only one-shot watches). ZooKeeper would not replay the events missed meanwhile anyway. So after each
-//! reconnect a [`Mirror`] sets new watches, drops the old watches, and reads all nodes again.
-//! (`mirror::the_client_alone_loses_its_watch_when_its_server_is_killed`)
+//!   only one-shot watches). ZooKeeper would not replay the events missed meanwhile anyway. So after each
+//!   reconnect a [`Mirror`] sets new watches, drops the old watches, and reads all nodes again.
+//!   (`mirror::the_client_alone_loses_its_watch_when_its_server_is_killed`)
 //! - It bounds each reply (8 MiB), but not the number of nodes; [`mirror::Root`] does that.
 //! - It panics if its own session task has ended; a [`Mirror`] or a [`Holder`] then opens a new session.
 //!
 //! **Invariant:** no noun of the mesh, and no other crate of vmesh than `vmesh-backoff`: `cargo tree -p
-//! vmesh-zookeeper -e normal` lists none.
+//! vmesh-zookeeper -e normal` shows it.
 
 mod bulk_read;
 pub mod config;

@@ -12,7 +12,8 @@ use tokio::time::Instant;
 use vmesh_model::ServiceName;
 
 use super::{
-    Counters, Events, NOT_ANSWERED_YET, Registrations, Source, SourceError, View, call_backoff, chain, escape_text,
+    Counters, Events, NOT_ANSWERED_YET, Registrations, Source, SourceError, View, call_backoff, chain,
+    escape_text,
 };
 use crate::guard::{AcceptError, Guard, Notice, NoticeKind};
 use crate::resolve::UnresolvedNames;
@@ -98,7 +99,7 @@ pub async fn follow(mut source: impl Source, guard: Guard, link: Link) {
                 }
                 Err(error) => {
                     followed.record_failure(&error);
-                    again_at = Some(Instant::now() + backoff.draw());
+                    again_at = Some(Instant::now() + backoff.next_pause());
                 }
             },
             () = wait_until(again_at) => again_at = None,
