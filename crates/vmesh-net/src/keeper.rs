@@ -27,6 +27,7 @@ use crate::executor::{Executor, applier, read_host};
 use crate::heartbeat::{AgentWatch, InstalledTimers, TimerStates};
 use crate::probe::{ProbeResults, ProbedDirections};
 use crate::protocol::{CaptureRequest, Drift, EnvoyHealth, Request, State, Status};
+use crate::rules;
 use crate::state_file;
 use crate::status::KeeperReport;
 
@@ -150,7 +151,9 @@ impl Keeper {
                 Some(change) = changed.recv() => {
                     sleep(SETTLES).await;
                     let mut all = vec![change];
-                    while let Ok(later) = changed.try_recv() {
+                    while all.len() < rules::MAX_PENDING
+                        && let Ok(later) = changed.try_recv()
+                    {
                         all.push(later);
                     }
                     all.retain(|change| !self.executor.is_ours(change));

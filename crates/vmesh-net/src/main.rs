@@ -171,7 +171,7 @@ async fn run(arguments: Arguments) -> LastStep {
     let (looks, look) = watch::channel(ProbedDirections::default());
     let (ask, asked) = mpsc::channel(16);
     let (ask_look, asked_look) = mpsc::channel(16);
-    let (changed, changes) = mpsc::channel(1);
+    let (changed, changes) = mpsc::channel(rules::MAX_PENDING);
     let (fail, failed) = mpsc::channel(1);
     let (again, told_again) = watch::channel(false);
     let (begin, begun) = mpsc::channel(1);

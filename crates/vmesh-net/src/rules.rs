@@ -12,8 +12,12 @@ use vmesh_capture::generations::{self, Generation};
 /// `NFNLGRP_NFTABLES` of linux/netfilter/nfnetlink.h, as a bit of the group mask.
 const GROUP: u32 = 1 << (7 - 1);
 
-/// Reports transactions to `told`. Transactions that arrive while the channel is full are merged with the
-/// pending one.
+/// The most transactions that wait for the keeper.
+pub const MAX_PENDING: usize = 64;
+
+/// Reports each transaction to `told`. None is left out because another one waits: the one that waits may be vmesh's own, which the keeper
+/// ignores. While the channel is full, the kernel keeps reports, and drops them when its buffer is full; a dropped report counts as a
+/// change by an unknown process.
 pub async fn watch(told: mpsc::Sender<Generation>) {
     let socket = match open() {
         Ok(socket) => socket,
@@ -31,9 +35,11 @@ pub async fn watch(told: mpsc::Sender<Generation>) {
             // ENOBUFS: the kernel dropped some reports. One report is enough.
             Err(_) => Some(Generation { number: None, by: String::new(), pid: 0 }),
         };
-        if let Some(changed) = changed {
-            // If the channel is full, a pending message already reports a change.
-            _ = told.try_send(changed);
+        if let Some(changed) = changed
+            && told.send(changed).await.is_err()
+        {
+            // The keeper has ended.
+            return std::future::pending().await;
         }
     }
 }
