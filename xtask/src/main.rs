@@ -91,7 +91,7 @@ enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
-    /// From a registration in a real Consul or ZooKeeper to an xDS client's ACK, and the load on the
+    /// Measures the time from a registration in a real Consul or ZooKeeper to an xDS client's ACK, and the load on the
     /// registry.
     #[command(disable_help_flag = true)]
     Discovery {

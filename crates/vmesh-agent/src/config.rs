@@ -79,9 +79,9 @@ pub struct EnvoySettings {
     pub concurrency: Option<u16>,
     /// Longest time that Envoy drains when it is stopped.
     pub drain: Time,
-    /// With `manage: child` only: Envoy keeps serving when the agent is stopped, and the next agent takes it over.
+    /// Keeps Envoy serving (with `manage: child` only): Envoy serves when the agent is stopped, and the next agent takes it over.
     pub keep_on_stop: bool,
-    /// With `manage: systemd` only: the directory of the supervisor's sockets. With `manage: child` they are in the agent's `run_dir`.
+    /// The directory of the supervisor's sockets, with `manage: systemd` only. With `manage: child` they are in the agent's `run_dir`.
     pub run_dir: PathBuf,
     pub hot_restart: HotRestartSettings,
     /// An Envoy that answers nothing for this long is killed and started again.

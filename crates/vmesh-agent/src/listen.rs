@@ -19,7 +19,7 @@ const TRY_AGAIN: Duration = Duration::from_secs(1);
 pub struct ListenStatus {
     pub address: SocketAddr,
     pub bound: bool,
-    /// Why it is not bound.
+    /// The reason why the socket is not bound.
     pub reason: Option<String>,
 }
 

@@ -48,7 +48,7 @@ pub struct RegistrySettings {
     pub drain_dir: Option<PathBuf>,
     /// Time that the fleet has to learn of a withdrawal before Envoy drains.
     pub settle: Time,
-    /// Whether registrations are withdrawn when the agent stops. Default: `withdraw` if Envoy stops with the agent, else `keep`.
+    /// Decides whether registrations are withdrawn when the agent stops. Default: `withdraw` if Envoy stops with the agent, else `keep`.
     pub on_stop: Option<OnStop>,
 }
 

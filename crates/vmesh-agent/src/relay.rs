@@ -77,7 +77,7 @@ pub struct RelayOutputs {
     pub has_config: watch::Sender<bool>,
     /// The destinations for which Envoy has listeners.
     pub destinations: watch::Sender<Arc<Destinations>>,
-    /// Whether all destinations are known. No captured address is given up before that.
+    /// True if all destinations are known. No captured address is given up before that.
     pub has_all: watch::Sender<bool>,
 }
 

@@ -44,7 +44,7 @@ pub struct ControlPlaneStatus {
     /// Timestamp of the last change of `in_use`.
     #[serde(serialize_with = "optional_epoch_seconds")]
     pub since: Option<SystemTime>,
-    /// Why no replica is in use.
+    /// The reason why no replica is in use.
     pub reason: Option<String>,
     /// Replicas not in use, and whether each one has received this node's report.
     pub reported_to: BTreeMap<String, bool>,

@@ -40,7 +40,7 @@ pub struct Service {
     /// The effective protocol: from the document, else from discovery, else `tcp`.
     pub protocol: Protocol,
     pub state: State,
-    /// Why the service is not fresh.
+    /// The reason why the service is not fresh.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub because: Option<Arc<str>>,
     pub endpoints: Vec<ServiceEndpoint>,
@@ -58,7 +58,7 @@ pub struct ServiceEndpoint {
     pub source: Arc<str>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hostname: Option<Arc<str>>,
-    /// In an explanation: the endpoint's priority level. Envoy uses an endpoint when the levels with lower numbers have too few healthy
+    /// The endpoint's priority level, in an explanation. Envoy uses an endpoint when the levels with lower numbers have too few healthy
     /// endpoints.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub priority: Option<u32>,
@@ -90,7 +90,7 @@ pub struct Node {
     pub name: NodeName,
     pub connected: bool,
     pub state: NodeState,
-    /// For `rejected`, Envoy's own message; for `pushing`, what the node is waiting for.
+    /// The reason of the state: Envoy's own message for `rejected`, the awaited event for `pushing`.
     #[serde(default)]
     pub reason: Option<String>,
     pub client: Client,
@@ -205,10 +205,10 @@ pub struct Discovery {
 pub struct DiscoverySource {
     pub name: Arc<str>,
     pub state: SourceState,
-    /// Why the source is not fresh.
+    /// The reason why the source is not fresh.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub because: Option<Arc<str>>,
-    /// Whether the control plane serves nothing before this source has answered.
+    /// True if the control plane serves nothing before this source has answered.
     pub required: bool,
     /// Seconds since the last answer; `None` if there was none since the start.
     pub age_seconds: Option<u64>,
@@ -240,7 +240,7 @@ pub struct UnresolvedName {
     /// Seconds since the first look-up began, or since look-ups began to fail.
     pub age_seconds: u64,
     pub because: Arc<str>,
-    /// Whether the addresses of the last successful look-up stay in use.
+    /// True if the addresses of the last successful look-up stay in use.
     pub in_use: bool,
 }
 
@@ -301,7 +301,7 @@ pub struct SourceCounters {
     pub sessions_expired: u64,
     pub connects: u64,
     pub connections: u64,
-    /// By kind: removals that were held, and held removals that were dropped since the endpoints came back.
+    /// The counts by kind: removals that were held, and held removals that were dropped since the endpoints came back.
     pub held: BTreeMap<Arc<str>, u64>,
     pub rejected: BTreeMap<Arc<str>, u64>,
 }
@@ -373,7 +373,7 @@ pub struct Explanation {
     pub reason: Option<String>,
     pub protocol: Protocol,
     pub state: State,
-    /// Whether requests reach the service at all.
+    /// True if requests reach the service at all.
     pub reachable: bool,
     /// The obstacle nearest to the caller, if requests do not reach the service.
     #[serde(default)]

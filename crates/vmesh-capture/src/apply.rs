@@ -127,7 +127,7 @@ fn one_line(error: &Error) -> String {
 pub struct Applier {
     pub backend: Backend,
     pub tools: Tools,
-    /// Whether the host has IPv6: see [`crate::Host::ipv6`].
+    /// True if the host has IPv6: see [`crate::Host::ipv6`].
     pub ipv6: bool,
     /// The last programs that this process ran, whose changes are not reported as drift.
     pub recent_runs: RecentRuns,

@@ -363,7 +363,7 @@ mod tests {
         assert_eq!(beat.due(now + 6 * second, true), HeartbeatStep::Refresh);
         assert_eq!(beat.due(now + 6 * second, false), HeartbeatStep::Lapses(24 * second));
         assert_eq!(beat.due(now + 31 * second, false), HeartbeatStep::Lapses(Duration::ZERO));
-        // An `Instant` never goes back; a clock that did must not cause a panic.
+        // An `Instant` is monotonic, but a faulty clock must not cause a panic.
         assert_eq!(beat.due(now.checked_sub(second).unwrap_or(now), true), HeartbeatStep::Wait(6 * second));
     }
 

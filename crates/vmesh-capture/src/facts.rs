@@ -31,7 +31,7 @@ const MAX_FILE: u64 = 256 << 10;
 /// The users, slices, ports and control planes of vmesh itself, which are never captured.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct OwnTraffic {
-    /// The users of Envoy and, if it has its own, of the agent.
+    /// The users of Envoy, and of an agent with a separate user.
     pub users: BTreeSet<u32>,
     /// Slices of vmesh that are never empty: `vmesh.slice`.
     pub slices: BTreeSet<Unit>,

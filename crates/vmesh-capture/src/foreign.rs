@@ -52,16 +52,16 @@ pub enum PacketHook {
 pub struct Packet {
     pub is_ipv4: bool,
     pub hook: PacketHook,
-    /// Whether the destination was translated before this hook. If not, the packet has its original
+    /// True if the destination was translated before this hook. If not, the packet has its original
     /// addresses.
     pub is_translated: bool,
     pub to_port: Option<u16>,
     pub from_port: Option<u16>,
-    /// Whether this packet opens its connection.
+    /// True if this packet opens its connection.
     pub is_new: bool,
-    /// Whether the packet arrives or leaves over the loopback interface.
+    /// True if the packet arrives or leaves over the loopback interface.
     pub over_loopback: bool,
-    /// Whether the source address belongs to no interface of this host.
+    /// True if the source address belongs to no interface of this host.
     pub from_elsewhere: bool,
 }
 
@@ -114,7 +114,7 @@ impl Tristate {
 /// A condition of a foreign rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Condition {
-    /// Whether the protocol is TCP.
+    /// Tests whether the protocol is TCP.
     Tcp(bool),
     ToPorts(Vec<Ports>),
     FromPorts(Vec<Ports>),
@@ -129,7 +129,7 @@ enum Condition {
     Translated,
     /// The source is an address of this host.
     FromThisHost,
-    /// Whether the destination address belongs to this host.
+    /// Tests whether the destination address belongs to this host.
     ToThisHost(bool),
     Not(Box<Condition>),
     Unknown,
@@ -481,7 +481,7 @@ pub fn untracking_rule(rules: &Ruleset, port: u16) -> Option<ForeignRule> {
 /// The explanation that the host's own filter gives for lost redirected connections from outside.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum InboundSuspects {
-    /// These rules may drop the redirected connections, and would accept the original ones. Empty if no such
+    /// Rules that may drop the redirected connections, and would accept the original ones. Empty if no such
     /// rule is known.
     Rules(Vec<ForeignRule>),
     /// Every rule that may drop the redirected connections may also drop the original ones: the host refuses

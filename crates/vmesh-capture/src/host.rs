@@ -20,7 +20,7 @@ pub struct Host {
     /// The control groups in which units with an exclusion or a share of their own are started. A process in
     /// a new control group there is not captured yet.
     pub parent_cgroups: Vec<ParentCgroup>,
-    /// Whether the host has IPv6. Without it, ip6tables is never called.
+    /// True if the host has IPv6. Without it, ip6tables is never called.
     pub ipv6: bool,
     pub never: NeverCaptured,
 }
@@ -53,7 +53,7 @@ pub struct HostMemory {
 /// could correct a mistake, or send connections in circles.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NeverCaptured {
-    /// The users of Envoy and, if it has its own, of the agent.
+    /// The users of Envoy, and of an agent with a separate user.
     pub users: BTreeSet<u32>,
     /// Slices that are never empty. The control group of a service would be outdated after its next start,
     /// and Envoy's own connections would be sent back to Envoy.

@@ -252,7 +252,7 @@ struct PendingWork {
     refresh: Option<Refresh>,
     save_at: Option<Instant>,
     path_with_rules: bool,
-    /// The start time of the last attempt.
+    /// The time when the last attempt began.
     last_attempt: Option<Instant>,
 }
 

@@ -41,7 +41,7 @@ pub struct NftRules {
     exists: bool,
     sets: BTreeMap<String, Elements>,
     chains: BTreeMap<String, ActualChain>,
-    /// Whether a dead-man timer is running.
+    /// True if a dead-man timer is running.
     pub alive: bool,
 }
 

@@ -101,7 +101,7 @@ impl FromIterator<Direction> for Directions {
     }
 }
 
-/// Whether a program is on trial or confirmed.
+/// The stage of a program: on trial, or confirmed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Stage {
     /// Every redirect lapses with the dead-man timer, even one that is to fail closed. So a program whose

@@ -18,7 +18,7 @@ pub struct View {
     pub nodes: Vec<Arc<PlacedDocument<NodeDocument>>>,
     /// The node's locality zone, or `None` if no document makes load balancing depend on it.
     pub zone: Option<Arc<str>>,
-    /// Which connections to services the node captures. `None`: it captures none.
+    /// The connections to services that the node captures. `None`: the node captures none.
     pub captured: Option<CapturedDestinations>,
     /// The host has no IPv6. Envoy then rejects every IPv6 address, even in a listener that binds no socket.
     pub without_ipv6: bool,

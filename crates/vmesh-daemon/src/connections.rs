@@ -107,7 +107,7 @@ struct Pending {
     evict: Arc<Notify>,
 }
 
-/// What a [`Gate`] has counted.
+/// The counts of a [`Gate`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     pub connections: usize,

@@ -56,7 +56,7 @@ impl Stop {
     }
 }
 
-/// Why a task ended unexpectedly.
+/// The reason why a task ended unexpectedly.
 #[derive(Debug)]
 pub enum TaskFailure {
     Failed(BoxError),
@@ -210,7 +210,7 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
         .unwrap_or_else(|| "no message".to_owned())
 }
 
-/// Why work on a separate thread failed.
+/// The reason why work on a separate thread failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ThreadError {
     #[error("could not start a thread of its own")]

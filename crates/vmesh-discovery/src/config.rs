@@ -64,7 +64,7 @@ pub struct FileConfig {
     /// The name of the source in messages and commands. Default: `file:` and the path.
     #[serde(default, deserialize_with = "name")]
     pub name: Option<Arc<str>>,
-    /// Whether the control plane serves nothing before this source has answered, however long that takes. If
+    /// Decides whether the control plane serves nothing before this source has answered, however long that takes. If
     /// `false`, it waits at most 30 s.
     #[serde(default = "yes")]
     pub required: bool,
@@ -73,7 +73,7 @@ pub struct FileConfig {
     /// The format of the files. By default it is detected from the content of each file.
     #[serde(default)]
     pub format: Format,
-    /// Whether the kernel reports changes (inotify). If `false`, changes are found by `poll` alone.
+    /// Decides whether the kernel reports changes (inotify). If `false`, changes are found by `poll` alone.
     #[serde(default = "yes")]
     pub watch: bool,
     /// The interval at which everything is read again, for file systems that do not report changes made
@@ -92,7 +92,7 @@ pub struct FileConfig {
     pub max_files: usize,
     #[serde(default)]
     pub guard: GuardConfig,
-    /// Whether problems may quote files that are not readable by every user of the host. For tools that run
+    /// Decides whether problems may quote files that are not readable by every user of the host. For tools that run
     /// as the user who reads the messages.
     #[serde(skip)]
     pub quotes_private_files: bool,

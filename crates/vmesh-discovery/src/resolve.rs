@@ -52,7 +52,7 @@ pub enum Resolution {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnresolvedName {
     pub name: Arc<str>,
-    /// When the first lookup of the name began, or when its lookups began to fail.
+    /// The time when the first lookup of the name began, or when its lookups began to fail.
     pub since: std::time::Instant,
     pub because: Arc<str>,
     /// The last addresses of the name stay in use.
@@ -63,7 +63,7 @@ pub struct UnresolvedName {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct UnresolvedNames {
     pub count: usize,
-    /// How many of `count` have had no answer for a while: no name server stated whether the name exists.
+    /// The part of `count` that has had no answer for a while: no name server stated whether the name exists.
     pub without_answer: usize,
     /// The first [`UnresolvedNames::SHOWN`] names: names without an answer first, then the names that have
     /// been waiting longest.

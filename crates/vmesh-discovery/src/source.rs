@@ -83,12 +83,12 @@ pub struct ServiceView {
     /// The service has no endpoints, and the source states this explicitly, for example with `endpoints: []`.
     #[serde(default)]
     pub empty_on_purpose: bool,
-    /// How much of the service this view covers.
+    /// The extent of the service that this view covers.
     #[serde(skip)]
     pub extent: Extent,
 }
 
-/// How much of a service its source reports at present.
+/// The extent of a service that its source reports at present.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Extent {
     /// The source reports the complete service.
@@ -143,9 +143,9 @@ pub struct View {
     pub last_good: Option<Arc<Registrations>>,
     /// The reason why the source does not answer; `None` if it answers.
     pub stale_because: Option<Arc<str>>,
-    /// What the guard holds: the source as a whole first, then each service.
+    /// The changes that the guard holds: those of the source as a whole first, then each service.
     pub held: Arc<[HeldChange]>,
-    /// When the operator froze the source; `None` if changes of the source are applied.
+    /// The time when the operator froze the source; `None` if changes of the source are applied.
     pub frozen: Option<SystemTime>,
     /// The reason why the first view since the start may not be served: a part of it cannot be read and has
     /// no last good state.

@@ -78,7 +78,7 @@ const BEGIN_WITHOUT_NEWLINE: &str =
     "# vmesh begin: written by vmesh, replaced whole (the line before had no end)";
 const END: &str = "# vmesh end";
 
-/// Why a hosts file cannot be edited.
+/// The reason why a hosts file cannot be edited.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HostsBlockError {
     #[error(

@@ -59,7 +59,7 @@ impl fmt::Display for Suffix {
     }
 }
 
-/// Why a text cannot be the suffix of a zone.
+/// The reason why a text cannot be the suffix of a zone.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` cannot be the suffix of names: {why}; built in is `mesh`")]
 pub struct SuffixError {

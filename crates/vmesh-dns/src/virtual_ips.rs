@@ -67,7 +67,7 @@ impl Default for V6Prefix {
     }
 }
 
-/// Why a text is not a range of virtual addresses.
+/// The reason why a text is not a range of virtual addresses.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` cannot be a range of virtual {family} addresses: {why}; built in is {built_in}")]
 pub struct RangeError {

@@ -373,7 +373,7 @@ struct ResolvedHost {
 /// The place where the foreign name server is configured.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum ForeignServer {
-    /// On the link, as by DHCP or a `.network` file.
+    /// The server is set on the link, as by DHCP or a `.network` file.
     Link,
     /// `DNS=` in `/etc/systemd/resolved.conf`.
     Global,

@@ -47,17 +47,17 @@ pub struct Documents {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MeshDocument {
-    /// How Envoy chooses an endpoint of any service.
+    /// The way in which Envoy chooses an endpoint of any service.
     pub load_balancing: Option<LoadBalancing>,
     /// The timeouts for connections and requests.
     pub timeouts: Option<Timeouts>,
-    /// When a failed request is retried. A rule of a [`RouteDocument`] takes precedence.
+    /// The conditions for a retry of a failed request. A rule of a [`RouteDocument`] takes precedence.
     pub retry: Option<Retry>,
-    /// When a failing endpoint is ejected.
+    /// The conditions under which a failing endpoint is ejected.
     pub outlier_detection: Option<OutlierDetection>,
     /// The limits of concurrent connections and requests of one caller.
     pub connection_limits: Option<ConnectionLimits>,
-    /// Which connections to real addresses are captured, on nodes that capture them.
+    /// The connections to real addresses that are captured, on nodes that capture them.
     pub capture: Option<CaptureSettings>,
     /// The policy for captured connections to addresses of no service. Default: `allow-any`.
     pub outbound: Option<Outbound>,
@@ -76,17 +76,17 @@ pub struct ServiceDocument {
     /// Named subsets of the service, each with the conditions that its endpoints match.
     #[serde(default)]
     pub subsets: BTreeMap<SubsetName, Subset>,
-    /// How Envoy chooses an endpoint of this service.
+    /// The way in which Envoy chooses an endpoint of this service.
     pub load_balancing: Option<LoadBalancing>,
     /// The timeouts for connections and requests.
     pub timeouts: Option<Timeouts>,
-    /// When a failed request is retried. A rule of a [`RouteDocument`] takes precedence.
+    /// The conditions for a retry of a failed request. A rule of a [`RouteDocument`] takes precedence.
     pub retry: Option<Retry>,
-    /// When a failing endpoint is ejected.
+    /// The conditions under which a failing endpoint is ejected.
     pub outlier_detection: Option<OutlierDetection>,
     /// The limits of concurrent connections and requests of one caller.
     pub connection_limits: Option<ConnectionLimits>,
-    /// Which connections to real addresses are captured, on nodes that capture them.
+    /// The connections to real addresses that are captured, on nodes that capture them.
     pub capture: Option<CaptureSettings>,
 }
 
@@ -102,17 +102,17 @@ pub struct NodeDocument {
     /// Services that these nodes call, in addition to those that their agents declare.
     #[serde(default)]
     pub upstreams: Vec<crate::node::Upstream>,
-    /// How Envoy chooses an endpoint of the services that these nodes call.
+    /// The way in which Envoy chooses an endpoint of the services that these nodes call.
     pub load_balancing: Option<LoadBalancing>,
     /// The timeouts for connections and requests.
     pub timeouts: Option<Timeouts>,
-    /// When a failed request is retried. A rule of a [`RouteDocument`] takes precedence.
+    /// The conditions for a retry of a failed request. A rule of a [`RouteDocument`] takes precedence.
     pub retry: Option<Retry>,
-    /// When a failing endpoint is ejected.
+    /// The conditions under which a failing endpoint is ejected.
     pub outlier_detection: Option<OutlierDetection>,
     /// The limits of concurrent connections and requests of one caller.
     pub connection_limits: Option<ConnectionLimits>,
-    /// Which connections to real addresses are captured, on nodes that capture them.
+    /// The connections to real addresses that are captured, on nodes that capture them.
     pub capture: Option<CaptureSettings>,
     /// The policy for captured connections to addresses of no service. Default: `allow-any`.
     pub outbound: Option<Outbound>,
@@ -166,7 +166,7 @@ impl Subset {
     }
 }
 
-/// How Envoy chooses an endpoint for a request.
+/// The way in which Envoy chooses an endpoint for a request.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoadBalancing {
@@ -176,7 +176,7 @@ pub struct LoadBalancing {
     /// The property of a request that `ring_hash` and `maglev` hash. Without it, requests are distributed at
     /// random.
     pub hash_on: Option<HashOn>,
-    /// Whether endpoints in the caller's locality zone are preferred.
+    /// Decides whether endpoints in the caller's locality zone are preferred.
     #[serde(default)]
     pub locality: Locality,
     /// Endpoints that are used only if fewer than the panic threshold of all earlier ones are healthy, in
@@ -221,9 +221,9 @@ pub enum Policy {
     LeastRequest,
     /// An endpoint at random.
     Random,
-    /// By hash, on a ring. Few requests move to other endpoints when endpoints are added or removed.
+    /// Chooses by hash, on a ring. Few requests move to other endpoints when endpoints are added or removed.
     RingHash,
-    /// By hash, through a table. Faster than the ring, but more requests move.
+    /// Chooses by hash, through a table. Faster than the ring, but more requests move.
     Maglev,
 }
 
@@ -276,7 +276,7 @@ pub struct Timeouts {
     pub idle: Option<Time>,
 }
 
-/// When and how often a failed request is retried.
+/// The conditions and the number of retries of a failed request.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Retry {
@@ -341,7 +341,7 @@ impl RetryOn {
     }
 }
 
-/// When a failing endpoint is ejected for a while.
+/// The conditions under which a failing endpoint is ejected for a while.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OutlierDetection {
@@ -369,7 +369,7 @@ pub struct ConnectionLimits {
     pub max_retries: Option<u32>,
 }
 
-/// Which connections to the real addresses of a service are captured. The host's rules implement this rather
+/// The connections to the real addresses of a service that are captured. The host's rules implement this rather
 /// than Envoy, so a change closes no established connection. Virtual addresses exist only in Envoy, so
 /// connections to them are always captured.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
@@ -446,7 +446,7 @@ pub struct Rule {
     pub redirect: Option<Redirect>,
     /// The timeout of the whole request, including all attempts.
     pub timeout: Option<Time>,
-    /// When a failed request is retried. Takes precedence over `Mesh`, `Service` and `Node`.
+    /// The conditions for a retry of a failed request. They take precedence over `Mesh`, `Service` and `Node`.
     pub retry: Option<Retry>,
 }
 
@@ -491,7 +491,7 @@ pub enum TextMatch {
     Contains(Arc<str>),
     /// An RE2 expression that matches the whole value.
     Regex(Arc<str>),
-    /// Whether the header or parameter is present, with any value.
+    /// Matches if the header or parameter is present, with any value.
     Present(bool),
 }
 

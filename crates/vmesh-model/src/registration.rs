@@ -21,7 +21,7 @@ pub struct Registration {
     pub place: Place,
 }
 
-/// How far the endpoints of a service can be trusted to be current.
+/// The degree to which the endpoints of a service are known to be current.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {

@@ -1,6 +1,6 @@
-//! What a control plane tells the agents of its nodes, and Envoy never sees: vmesh's own messages.
+//! vmesh's own messages between control plane and agent, which Envoy never receives.
 //!
-//! They are written by hand, in the form in which prost would generate them from
+//! The types are written by hand, in the form that prost generates from this definition:
 //!
 //! ```text
 //! package vmesh.agent.v1;
@@ -23,17 +23,17 @@
 //! message Refusal { string name = 1; string version = 2; string reason = 3; bool removal = 4; }
 //! ```
 //!
-//! A field is never given another meaning, and its number never given away: agents and control planes of different
-//! versions talk to each other. What a reader does not know it passes over.
+//! Agents and control planes of different versions exchange these messages. So a field keeps its meaning, the number of a removed
+//! field is not reused, and a reader skips unknown fields.
 
 use prost::{Message, Name};
 
-/// Where a service is reached without anybody dialing Envoy. The resource bears the name of the service.
+/// The addresses at which a service is reached when clients do not connect to Envoy. The resource has the name of the service.
 #[derive(Clone, PartialEq, Message)]
 pub struct Destination {
     #[prost(string, tag = "1")]
     pub service: String,
-    /// At the virtual addresses. 0: the service has none yet, and no virtual address either.
+    /// The port at the virtual addresses. 0: the service has no port and no virtual address yet.
     #[prost(uint32, tag = "2")]
     pub port: u32,
     /// `240.17.3.9`; empty if there is none.
@@ -44,14 +44,14 @@ pub struct Destination {
     pub virtual_v6: String,
     #[prost(message, repeated, tag = "5")]
     pub endpoints: Vec<destination::Endpoint>,
-    /// Whether every endpoint listens on `port`: a host that is out of the mesh can then use their addresses in place of the
-    /// virtual ones.
+    /// True if every endpoint listens on `port`: a host that is out of the mesh can then use the endpoints' addresses instead of the
+    /// virtual addresses.
     #[prost(bool, tag = "6")]
     pub endpoints_on_port: bool,
     /// The share of new connections to real addresses that is captured, 0 to 100; the host's own default if left out.
     #[prost(uint32, optional, tag = "7")]
     pub percent: Option<u32>,
-    /// What becomes of them when nobody says any more that Envoy lives.
+    /// The fate of captured connections after the dead-man timer has expired.
     #[prost(enumeration = "destination::OnLoss", tag = "8")]
     pub on_loss: i32,
 }
@@ -64,10 +64,10 @@ pub mod destination {
         /// `10.0.1.11:8080` or `[2001:db8::1]:8080`.
         #[prost(string, tag = "1")]
         pub address: String,
-        /// Whether there is a listener for connections to it: `outbound|10.0.1.11:8080`.
+        /// True if a listener exists for connections to this endpoint: `outbound|10.0.1.11:8080`.
         #[prost(bool, tag = "2")]
         pub capture: bool,
-        /// Unhealthy, or on its way out: not where a new connection should go.
+        /// True if the endpoint is unhealthy or drains, so that it should get no new connections.
         #[prost(bool, tag = "3")]
         pub out_of_service: bool,
     }
@@ -77,9 +77,9 @@ pub mod destination {
     pub enum OnLoss {
         /// The host's own default.
         Unspecified = 0,
-        /// They go past Envoy.
+        /// Connections bypass Envoy.
         Open = 1,
-        /// They fail.
+        /// Connections fail.
         Closed = 2,
     }
 }
@@ -93,13 +93,13 @@ impl Name for Destination {
     }
 }
 
-/// What an agent's NACK is about, in `error_detail.details`: the resources that its Envoy refused, of the type of the NACK. A
-/// NACK without it says so in Envoy's words only.
+/// The resources that Envoy rejected, of the type of the NACK. The agent puts them into `error_detail.details`. A NACK without them has
+/// only Envoy's message.
 #[derive(Clone, PartialEq, Message)]
 pub struct Refusals {
     #[prost(message, repeated, tag = "1")]
     pub refusals: Vec<Refusal>,
-    /// All else that was in the response is taken.
+    /// True if Envoy accepted all other resources of the response.
     #[prost(bool, tag = "2")]
     pub others_taken: bool,
 }
@@ -108,13 +108,13 @@ pub struct Refusals {
 pub struct Refusal {
     #[prost(string, tag = "1")]
     pub name: String,
-    /// As the control plane sent it.
+    /// The version that the control plane sent.
     #[prost(string, tag = "2")]
     pub version: String,
-    /// Envoy's words.
+    /// Envoy's message.
     #[prost(string, tag = "3")]
     pub reason: String,
-    /// It is the removal that was refused.
+    /// True if Envoy rejected the removal of the resource.
     #[prost(bool, tag = "4")]
     pub removal: bool,
 }

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::agent::{Destination, destination};
 
-/// Why a message could not be printed or read.
+/// The reason why a message could not be printed or read.
 #[derive(Debug, thiserror::Error)]
 pub enum JsonError {
     #[error("the built-in descriptor set could not be read: {0}")]
@@ -77,7 +77,7 @@ fn own(destination: &Destination) -> Value {
         ("percent", json!(destination.percent)),
         ("on_loss", on_loss),
     ];
-    // As the others: what is at its default is left out. A share of 0 is not the default.
+    // Fields with default values are left out, as in Envoy's JSON. A share of 0 % differs from the default of that field.
     let is_said = |(name, value): &(&str, Value)| match value {
         Value::Null => false,
         Value::Bool(value) => *value,

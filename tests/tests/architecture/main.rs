@@ -5,6 +5,7 @@
 #![expect(clippy::expect_used, clippy::panic, reason = "a test that cannot go on ends")]
 
 mod purity;
+mod words;
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -136,5 +137,56 @@ fn the_check_for_clocks_sees_them_wherever_they_stand() {
     ];
     for code in accepted {
         assert_eq!(purity::read_text(code), Vec::<String>::new(), "{code}");
+    }
+}
+
+/// A reader who meets a name or a first line knows what it stands for. `CONTRIBUTING.md` has the rules.
+#[test]
+fn names_of_types_and_doc_comments_name_their_subject() {
+    let root = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+    let crates = std::fs::read_dir(root.join("crates")).expect("crates");
+    let crates = crates.map(|entry| entry.expect("an entry").path());
+    let (mut faults, mut documented) = (Vec::new(), 0);
+    for directory in crates.chain([root.join("xtask"), root.join("tests")]) {
+        let wording = words::read(&directory);
+        let shared =
+            wording.shared_names().into_iter().map(|names| format!("one name for several types: {names}"));
+        let place =
+            |fault: String| format!("{}: {fault}", directory.file_name().unwrap_or_default().display());
+        faults.extend(wording.faults.iter().cloned().chain(shared).map(place));
+        documented += wording.documented;
+    }
+    assert!(documented > 1_000, "only {documented} doc comments were read");
+    assert!(faults.is_empty(), "{} faults, see CONTRIBUTING.md:\n{}", faults.len(), faults.join("\n"));
+}
+
+/// The check itself, on code that it must refuse and on code that it must not.
+#[test]
+fn the_check_of_words_sees_faults_wherever_they_stand() {
+    let refused = [
+        ("a question word", "struct What;"),
+        ("in a module for tests", "#[cfg(test)] mod tests { enum Said {} }"),
+        ("in a function", "fn f() { struct Held; }"),
+        ("a clause", "/// Whether it is gone.\npub fn is_gone() {}"),
+        ("a pronoun", "/// It waits.\npub struct Waiter;"),
+        ("of a method", "impl A { /// What is left.\npub fn left(&self) {} }"),
+        ("of a method of a trait", "pub trait A { /// Whom it concerns.\nfn whom(&self); }"),
+        ("of a field", "pub struct A { /// So many.\npub count: u32 }"),
+        ("of a variant", "pub enum A { /// Not known.\nUnknown }"),
+    ];
+    for (place, code) in refused {
+        assert_eq!(words::read_text(code).faults.len(), 1, "{place}: {code}");
+    }
+    let twice = words::read_text("struct Entry; mod inner { enum Entry {} }");
+    assert_eq!(twice.shared_names(), ["`Entry`: text.rs:1, text.rs:1"]);
+    let accepted = [
+        "/// Returns the limit.\npub fn limit() {}",
+        "/// The limit of open streams.\npub const LIMIT: u32 = 1;",
+        "/// What a private item says is checked by readers.\nfn f() {}",
+        "struct Entry; #[cfg(test)] mod tests { struct Entry; }",
+    ];
+    for code in accepted {
+        let wording = words::read_text(code);
+        assert!(wording.faults.is_empty() && wording.shared_names().is_empty(), "{code}: {wording:?}");
     }
 }

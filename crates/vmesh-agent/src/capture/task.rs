@@ -43,7 +43,7 @@ pub struct CaptureStatus {
     pub captures: bool,
     /// The last status that vmesh-net sent.
     pub net: Option<Box<protocol::Status>>,
-    /// Why the status is unknown, or the last rejection.
+    /// The reason why the status is unknown, or the last rejection.
     pub reason: Option<String>,
     #[serde(serialize_with = "crate::status::optional_epoch_seconds")]
     pub confirmed: Option<SystemTime>,

@@ -60,7 +60,7 @@ pub struct EnvoyStatus {
     pub restarts: u64,
     /// Reports whether an earlier agent started this Envoy.
     pub adopted: bool,
-    /// Why Envoy is not live.
+    /// The reason why Envoy is not live.
     pub reason: Option<String>,
 }
 

@@ -23,7 +23,7 @@ const SPARE_FILES: usize = 4;
 pub(super) enum ServingEvidence {
     /// A worker accepted a new connection.
     AcceptsConnections,
-    /// It has no file descriptors left, but serves the open connections.
+    /// Envoy has no file descriptors left, but serves the open connections.
     OutOfDescriptors,
 }
 

@@ -26,11 +26,11 @@ pub(super) enum HandoverMethod {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ParentState {
     Gone,
-    /// It has no connections left, so a third Envoy of the line may terminate it.
+    /// The parent has no connections left, so a third Envoy of the line may terminate it.
     Idle,
-    /// It still has connections. A third Envoy of the line would terminate it and cut them.
+    /// The parent still has connections. A third Envoy of the line would terminate it and cut them.
     Draining,
-    /// It crashed. The serving Envoy does not know, and aborts as soon as it sends to its parent: when a third Envoy starts, or to
+    /// The parent crashed. The serving Envoy does not know, and aborts as soon as it sends to its parent: when a third Envoy starts, or to
     /// terminate its parent.
     Crashed,
 }

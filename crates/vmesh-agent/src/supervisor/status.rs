@@ -34,7 +34,7 @@ pub struct SupervisorStatus {
     pub reloads: u64,
     /// The current step of a reload, or the reason why it waits.
     pub reload: Option<String>,
-    /// Why the last reload failed, or why the serving Envoy exited.
+    /// The reason why the last reload failed, or why the serving Envoy exited.
     pub last_failure: Option<SupervisorFailure>,
     /// Set if the binary at `envoy.path` differs from the running one. A reload would start it.
     pub waiting_binary: Option<String>,

@@ -67,9 +67,9 @@ impl Launch {
 #[serde(rename_all = "lowercase")]
 pub(super) enum Role {
     Serving,
-    /// It starts while another Envoy serves.
+    /// Envoy starts while another Envoy serves.
     Candidate,
-    /// It drains.
+    /// Envoy drains.
     Leaving,
 }
 

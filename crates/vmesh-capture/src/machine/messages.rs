@@ -116,7 +116,7 @@ pub struct ApplyResult {
     pub outcome: Result<RulesetChange, String>,
 }
 
-/// What [`Action::Apply`] changed in the kernel.
+/// The change that [`Action::Apply`] made in the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RulesetChange {
     /// Nothing, or only set elements.

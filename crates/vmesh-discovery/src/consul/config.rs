@@ -22,7 +22,7 @@ pub struct ConsulConfig {
     /// address.
     #[serde(deserialize_with = "name")]
     pub name: Option<Arc<str>>,
-    /// Whether the control plane serves nothing before this source has answered, however long that takes. If
+    /// Decides whether the control plane serves nothing before this source has answered, however long that takes. If
     /// `false`, it waits at most 30 s.
     pub required: bool,
     /// One URL or a list: see [`vmesh_consul::Config::address`]. Default: the local agent.
@@ -70,7 +70,7 @@ pub struct ConsulConfig {
     /// The age above which a stale answer is requested again from the leader.
     #[serde(deserialize_with = "duration")]
     pub max_stale: Duration,
-    /// How long Consul may hold back an answer without changes. Default: 60 s; from 1 s to 10 min.
+    /// The longest time for which Consul may hold back an answer without changes. Default: 60 s; from 1 s to 10 min.
     #[serde(deserialize_with = "wait")]
     pub wait: Duration,
     /// The interval at which host names are resolved again. Default: 30 s; minimum: 1 s.

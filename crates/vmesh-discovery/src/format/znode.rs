@@ -90,7 +90,7 @@ pub struct FieldPaths {
 /// The part of a root's configuration that tells how records are read.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RecordRules {
-    /// Which of several endpoints to use: a name in ServerSets, a protocol in Dubbo.
+    /// Selects one of several endpoints: a name in ServerSets, a protocol in Dubbo.
     pub endpoint: Option<String>,
     pub group_by: GroupBy,
     pub prefer: PreferredPort,

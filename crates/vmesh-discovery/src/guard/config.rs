@@ -11,19 +11,19 @@ use vmesh_model::text::parse_duration;
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GuardConfig {
-    /// How long a removed endpoint stays in use. Default: 10 s for registries, whose clients lose their
+    /// The time for which a removed endpoint stays in use. Default: 10 s for registries, whose clients lose their
     /// sessions and come back; zero for files, because an edit is deliberate.
     #[serde(deserialize_with = "some_duration")]
     pub removal_hold: Option<Duration>,
-    /// How long an absent service, or a service listed without endpoints, keeps its previous endpoints. Zero:
+    /// The time for which an absent service, or a service listed without endpoints, keeps its previous endpoints. Zero:
     /// it is believed at once.
     #[serde(deserialize_with = "duration")]
     pub confirm_empty: Duration,
-    /// How long a service that shrinks below `shrink_ratio` keeps its endpoints. Zero: it is believed at
+    /// The time for which a service that shrinks below `shrink_ratio` keeps its endpoints. Zero: it is believed at
     /// once.
     #[serde(deserialize_with = "duration")]
     pub confirm_shrink: Duration,
-    /// How many further reads, with the strongest consistency of the source, must report the same before
+    /// The number of further reads, with the strongest consistency of the source, that must report the same before
     /// either is believed.
     pub confirmations: u32,
     /// The minimum share of endpoints that a service must keep, from 0 to 1.
@@ -32,13 +32,13 @@ pub struct GuardConfig {
     /// The number of endpoints from which `shrink_ratio` applies. A smaller service may shrink freely: one of
     /// two endpoints is already half.
     pub shrink_min: usize,
-    /// If all endpoints of a service become unhealthy within this time, their previous health is kept for the
+    /// The window for failing health: if all endpoints of a service become unhealthy within it, their previous health is kept for the
     /// same time. Zero: it is believed at once.
     #[serde(deserialize_with = "duration")]
     pub confirm_unhealthy: Duration,
     /// The limits of a simultaneous loss over the whole source.
     pub fleet: FleetConfig,
-    /// How long a source may fail before its last good view is dropped. Default: never.
+    /// The time for which a source may fail before its last good view is dropped. Default: never.
     #[serde(deserialize_with = "some_duration")]
     pub max_stale: Option<Duration>,
     /// Services that may lose all endpoints at once.

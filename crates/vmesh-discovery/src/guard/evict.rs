@@ -13,7 +13,7 @@ use vmesh_model::{Registration, ServiceName};
 pub struct Eviction {
     pub service: ServiceName,
     pub address: SocketAddr,
-    /// When the operator evicted it, in seconds of Unix time.
+    /// The time at which the operator evicted the endpoint, in seconds of Unix time.
     pub since: u64,
 }
 

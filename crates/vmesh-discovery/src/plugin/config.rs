@@ -22,7 +22,7 @@ pub struct PluginConfig {
     /// The name of the source in messages and in the API. Default: `plugin:` and the file name of the
     /// program.
     pub name: Option<Arc<str>>,
-    /// How long the program may print no line before it is killed and started again. Default: 90 s; minimum:
+    /// The time for which the program may print no line before it is killed and started again. Default: 90 s; minimum:
     /// 1 s.
     #[serde(default = "minute_and_a_half", deserialize_with = "seconds")]
     pub silence: Duration,
@@ -38,7 +38,7 @@ pub struct PluginConfig {
     pub pass_env: Vec<String>,
     #[serde(default)]
     pub guard: GuardConfig,
-    /// Whether the control plane serves nothing before this source has answered. Default: `true`.
+    /// Decides whether the control plane serves nothing before this source has answered. Default: `true`.
     #[serde(default = "crate::config::yes")]
     pub required: bool,
 }

@@ -22,7 +22,7 @@ pub struct ZookeeperConfig {
     /// chroot.
     #[serde(default, deserialize_with = "name")]
     pub name: Option<Arc<str>>,
-    /// Whether the control plane serves nothing before this source has answered, however long that takes. If
+    /// Decides whether the control plane serves nothing before this source has answered, however long that takes. If
     /// `false`, it waits at most 30 s.
     #[serde(default = "yes")]
     pub required: bool,
@@ -38,7 +38,7 @@ pub struct ZookeeperConfig {
     /// s; minimum: 1 s.
     #[serde(default = "ten_seconds", deserialize_with = "seconds")]
     pub session_timeout: Duration,
-    /// Whether a server without a quorum may provide the first view. Default: yes.
+    /// Decides whether a server without a quorum may provide the first view. Default: yes.
     #[serde(default = "yes")]
     pub read_only: bool,
     #[serde(default)]
@@ -63,17 +63,17 @@ pub struct RootConfig {
     /// The format of the nodes. By default it is detected from their content.
     #[serde(default)]
     pub format: ZnodeFormat,
-    /// Which of several endpoints of an instance to use: a name in ServerSets, a protocol in Dubbo. Default:
+    /// Selects one of several endpoints of an instance: a name in ServerSets, a protocol in Dubbo. Default:
     /// the main one.
     #[serde(default)]
     pub endpoint: Option<String>,
-    /// What a service is in Dubbo 2: an application, or an interface.
+    /// The meaning of a service in Dubbo 2: an application, or an interface.
     #[serde(default)]
     pub group_by: GroupBy,
-    /// Which of Curator's two ports to use for an instance with both.
+    /// Selects one of Curator's two ports for an instance with both.
     #[serde(default)]
     pub prefer: PreferredPort,
-    /// Whether services may be nested. Default: yes. If `false`, a service is a direct child of the root.
+    /// Decides whether services may be nested. Default: yes. If `false`, a service is a direct child of the root.
     #[serde(default = "yes")]
     pub recurse: bool,
     /// The names of the services to read; `*` stands for any text. Default: all.

@@ -95,8 +95,8 @@ fn looks_like_a_file_name(bytes: &[u8]) -> bool {
         && matches!(rest.first(), Some(0x12 | 0x1a | 0x22 | 0x2a | 0x32))
 }
 
-/// How many bytes from the start are the fields of one `FileDescriptorProto`, which has no length of its own here:
-/// fields come in ascending order (the options excepted) and the last is `syntax`.
+/// Returns the length of the `FileDescriptorProto` that begins at the start of `bytes`. No length is stored: fields come in ascending
+/// order (except for the options), and the last field is `syntax`.
 fn message_length(bytes: &[u8]) -> usize {
     let (mut end, mut last) = (0, 0);
     loop {

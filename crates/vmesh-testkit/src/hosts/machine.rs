@@ -51,7 +51,7 @@ struct MachineState {
     /// The `unshare` process, the parent of nspawn.
     above: Option<Pid>,
     boots: u32,
-    /// Set if the machine must stay off.
+    /// True if a test switched the machine off for good.
     off: bool,
 }
 

@@ -36,7 +36,7 @@ pub(super) struct RejectedResource {
 /// The next attempt to send a rejected resource again.
 pub(super) struct Retry {
     pub pause: Duration,
-    /// When to send the resource again. `None` until the first [`Relay::on_timeout`] after the rejection, and
+    /// The time at which to send the resource again. `None` until the first [`Relay::on_timeout`] after the rejection, and
     /// while a retry is in flight.
     pub at: Option<Instant>,
     pub is_tried: bool,
