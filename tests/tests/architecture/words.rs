@@ -132,14 +132,11 @@ pub(crate) fn read(directory: &Path) -> Wording {
     let mut wording = Wording::default();
     for file in rust_files(directory) {
         let text = fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        // Below `directory` only: the path of the whole project may have a folder of this name, too.
+        let name = file.strip_prefix(directory).unwrap_or(&file);
         let is_test =
-            file.components().any(|part| ["tests", "tests.rs"].iter().any(|name| part.as_os_str() == *name));
-        read_file(
-            &file.strip_prefix(directory).unwrap_or(&file).display().to_string(),
-            &text,
-            is_test,
-            &mut wording,
-        );
+            name.components().any(|part| ["tests", "tests.rs"].iter().any(|test| part.as_os_str() == *test));
+        read_file(&name.display().to_string(), &text, is_test, &mut wording);
     }
     wording
 }
