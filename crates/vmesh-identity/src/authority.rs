@@ -18,13 +18,13 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// The most bytes of a certificate request in PEM; a request with a P-256 key has about 400.
 const MAX_REQUEST: usize = 8 << 10;
 
-/// How long certificates are valid.
+/// The validity of certificates, by kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Lifetimes {
     pub root: Duration,
     pub intermediate: Duration,
     pub leaf: Duration,
-    /// How far the beginning of each validity lies in the past, for hosts whose clocks are slow.
+    /// The time by which each validity begins in the past, for hosts whose clocks are slow.
     pub backdate: Duration,
 }
 
@@ -39,7 +39,7 @@ impl Default for Lifetimes {
     }
 }
 
-/// A certificate that could not be issued, or an authority that could not be made or read.
+/// An error of the certificate authority: in issuing a certificate, or in making or reading the authority.
 #[derive(Debug, thiserror::Error)]
 pub enum AuthorityError {
     #[error("could not use the key of the certificate authority")]
@@ -120,7 +120,10 @@ impl Root {
         let signer = rcgen::Issuer::from_ca_cert_der(&self.certificate, self.key.pair());
         let signer = signer.map_err(AuthorityError::Sign)?;
         let certificate = params.signed_by(key.pair(), &signer).map_err(AuthorityError::Sign)?;
-        Issuer::new(key, &CertificateChain::new(certificate.der().clone(), &[self.certificate.clone()]))
+        Issuer::new(
+            key,
+            &CertificateChain::new(certificate.der().clone(), std::slice::from_ref(&self.certificate)),
+        )
     }
 }
 

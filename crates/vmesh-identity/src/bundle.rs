@@ -7,10 +7,10 @@ use rustls_pki_types::pem::PemObject;
 use crate::certificate::{BadCertificate, Certificate, pem};
 use crate::name::TrustDomain;
 
-/// The most roots of a bundle. A rotation has two at a time; a fleet that merges meshes may have a few more.
+/// The most roots of a bundle. A rotation needs two roots; a merger of meshes may need a few more.
 const MAX_ROOTS: usize = 8;
 
-/// A trust bundle that could not be made.
+/// The reason why certificates make no trust bundle.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BadBundle {
     #[error("root {number} of the trust bundle cannot be used")]

@@ -23,7 +23,7 @@ use vmesh_model::NodeName;
 
 /// The most nodes that a blocked step names; the others are counted.
 const MAX_NAMED: usize = 20;
-/// How much longer than its validity a leaf counts as valid, for hosts whose clocks are slow.
+/// The time for which an expired leaf still counts as valid, for hosts whose clocks are slow.
 pub const CLOCK_TOLERANCE: Duration = Duration::from_secs(300);
 
 /// The step that a rotation has reached.
@@ -74,7 +74,7 @@ impl NodeTrust {
     }
 }
 
-/// A rotation that is under way.
+/// An unfinished rotation, with its stage.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rotation {
     stage: Stage,
@@ -87,9 +87,9 @@ pub struct Rotation {
 /// The outcome of a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Progress {
-    /// The rotation goes on with this stage.
+    /// The rotation continues, and has reached this stage.
     Stage(Rotation),
-    /// The new authority is the only one. The old root leaves the bundle.
+    /// The rotation is complete: the old root leaves the bundle.
     Finished,
 }
 

@@ -25,7 +25,7 @@ const PREFIX: &str = "vmj1";
 const MAX_TEXT: usize = 256;
 /// The most tokens of a ledger that have not expired.
 pub const MAX_TOKENS: usize = 20_000;
-/// How long a token that was redeemed or has expired is remembered, so that its reuse is told from a guess.
+/// The time for which the ledger keeps redeemed and expired tokens, so that it can tell reuse from guessing.
 const REMEMBERED_FOR: Duration = Duration::from_secs(24 * 60 * 60);
 /// The most wrong secrets and unknown tokens that one address may present in [`GUESS_WINDOW`].
 const MAX_GUESSES: u32 = 10;
@@ -35,14 +35,14 @@ const MAX_GUESSERS: usize = 4096;
 /// The longest time that a token may be valid.
 pub const MAX_LIFETIME: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// A text that is no join token. It does not repeat the text, which may be a secret.
+/// A text that is no join token. The message does not repeat the text, which may be a secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
     "this is not a join token: it has the form `vmj1.ID.SECRET.PIN`, as `vmeshctl token create` prints it"
 )]
 pub struct NotAToken;
 
-/// A token as a node has it. Its `Debug` output has no secret.
+/// A join token with its secret, as a node presents it. Its `Debug` output has no secret.
 #[derive(Clone, PartialEq, Eq)]
 pub struct JoinToken {
     pub id: TokenId,

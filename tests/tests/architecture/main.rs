@@ -45,6 +45,7 @@ const NEVER: &[(&str, &[&str])] = &[
     ("vmesh-discovery", &["vmesh-proto", "vmesh-xds", "vmesh-catalog", "vmesh-compile", "tonic"]),
     ("vmesh-capture", &["vmesh-xds", "vmesh-proto"]),
     ("vmesh-dns", &["vmesh-xds", "vmesh-proto", "vmesh-discovery"]),
+    ("vmesh-identity", &["vmesh-xds", "vmesh-proto", "vmesh-daemon", "tokio"]),
     ("vmesh-net", &["vmesh-xds", "vmesh-proto", "vmesh-agent", "vmesh-dns", "tonic", "hyper-rustls"]),
     ("vmesh-catalog", &["vmesh-proto", "vmesh-xds", "tonic", "tokio"]),
     ("vmesh-compile", &["tokio", "tonic", "hyper", "notify", "vmesh-discovery"]),

@@ -78,7 +78,7 @@ struct ModelNode {
 #[derive(Debug)]
 struct ModelMesh {
     now: SystemTime,
-    /// The number of the authority that is in force, or the old one of a rotation. The new one is the next number.
+    /// The number of the current authority; during a rotation, of the old authority. The new authority has the next number.
     authority: u32,
     rotation: Option<Rotation>,
     nodes: Vec<ModelNode>,

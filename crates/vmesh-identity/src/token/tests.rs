@@ -96,7 +96,7 @@ fn an_address_that_guesses_is_refused_even_with_a_right_token_until_a_minute_is_
     joining.token = right;
     let guesses = Err("10.6.6.6 presented more than 10 wrong tokens in a minute".to_owned());
     assert_eq!(joining.redeem("web-17", &[], "10.6.6.6", 2), guesses);
-    // Others are not affected, and the guesser neither after a minute.
+    // Other addresses are not affected. A minute later, the guesser's address is accepted again.
     joining.token.id.0[0] ^= 1;
     let unknown =
         Err("token ID is unknown: it was created by another replica, or revoked, or guessed".to_owned());
