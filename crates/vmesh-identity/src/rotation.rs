@@ -60,7 +60,7 @@ pub enum Generation {
 pub struct NodeTrust {
     pub node: NodeName,
     pub is_connected: bool,
-    /// Reports whether the node has acknowledged the bundle with both roots.
+    /// True if the node has acknowledged the bundle with both roots.
     pub has_bundle: bool,
     /// The authority of each of its leaves: the oldest decides.
     pub leaf: Generation,
@@ -78,10 +78,12 @@ impl NodeTrust {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rotation {
     stage: Stage,
-    /// When the stage began.
+    /// The time when the stage began.
     since: SystemTime,
     /// Nodes that no step waits for, by an operator's decision.
     exempt: BTreeSet<NodeName>,
+    /// The time until which leaves of the new authority may be valid although the old one issues: set by a step back.
+    new_leaves_until: Option<SystemTime>,
 }
 
 /// The outcome of a step.
@@ -122,7 +124,7 @@ impl BlockedStep {
 impl Rotation {
     /// Begins a rotation. The new authority exists by now.
     pub fn prepare(now: SystemTime) -> Rotation {
-        Rotation { stage: Stage::Prepared, since: now, exempt: BTreeSet::new() }
+        Rotation { stage: Stage::Prepared, since: now, exempt: BTreeSet::new(), new_leaves_until: None }
     }
 
     pub fn stage(&self) -> Stage {
@@ -165,19 +167,23 @@ impl Rotation {
                 return Ok(Progress::Finished);
             }
         };
-        Ok(Progress::Stage(Rotation { stage, since: now, exempt: self.exempt.clone() }))
+        let (exempt, new_leaves_until) = (self.exempt.clone(), self.new_leaves_until);
+        Ok(Progress::Stage(Rotation { stage, since: now, exempt, new_leaves_until }))
     }
 
-    /// Returns the stage to go back to: from `Active` to `Distributing`. From the earlier stages a rotation is aborted (`None`): no leaf of
-    /// the new authority exists.
-    pub fn step_back(&self, now: SystemTime, fleet: &[NodeTrust]) -> Option<Rotation> {
-        let has_new_leaves = fleet.iter().any(|node| node.is_live(now) && node.leaf == Generation::New);
+    /// Returns the stage to go back to, or `None` if the rotation is aborted: the bundle loses the new root. A rotation that was active goes
+    /// back to `Distributing`, and stays there until every leaf of the new authority has expired: `leaf_lifetime` is the longest
+    /// that it issued.
+    pub fn step_back(&self, leaf_lifetime: Duration, now: SystemTime) -> Option<Rotation> {
         match self.stage {
             Stage::Active => {
-                Some(Rotation { stage: Stage::Distributing, since: now, exempt: self.exempt.clone() })
+                let new_leaves_until = Some(now + leaf_lifetime + CLOCK_TOLERANCE);
+                let exempt = self.exempt.clone();
+                Some(Rotation { stage: Stage::Distributing, since: now, exempt, new_leaves_until })
             }
-            // Leaves of the new authority exist after an earlier step back: both roots stay trusted.
-            Stage::Distributing if has_new_leaves => Some(self.clone()),
+            Stage::Distributing if self.new_leaves_until.is_some_and(|until| now < until) => {
+                Some(self.clone())
+            }
             Stage::Prepared | Stage::Distributing => None,
         }
     }

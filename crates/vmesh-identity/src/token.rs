@@ -17,14 +17,17 @@ use aws_lc_rs::digest::{SHA256, digest};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Serialize};
-use vmesh_model::{NodeName, ServiceName};
+use vmesh_model::{Cidr, NodeName, ServiceName};
 use zeroize::Zeroizing;
 
 const PREFIX: &str = "vmj1";
-/// The most bytes of a token's text; a token has 102.
+/// The most bytes of a token's text; a token has 104.
 const MAX_TEXT: usize = 256;
-/// The most tokens of a ledger that have not expired.
+/// The most tokens of a ledger that wait to be redeemed.
 pub const MAX_TOKENS: usize = 20_000;
+/// The most records of a ledger. Of redeemed and expired tokens, those that expire first are forgotten first: the ledger then refuses
+/// them as unknown.
+const MAX_RECORDS: usize = 2 * MAX_TOKENS;
 /// The time for which the ledger keeps redeemed and expired tokens, so that it can tell reuse from guessing.
 const REMEMBERED_FOR: Duration = Duration::from_secs(24 * 60 * 60);
 /// The most wrong secrets and unknown tokens that one address may present in [`GUESS_WINDOW`].
@@ -119,69 +122,7 @@ pub struct JoinGrant {
     /// The services that the node may run.
     pub services: BTreeSet<ServiceName>,
     /// The network that the node must connect from; any if it is `None`.
-    pub network: Option<Network>,
-}
-
-/// A network in CIDR notation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Network {
-    address: IpAddr,
-    bits: u8,
-}
-
-/// A text that is no network in CIDR notation.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "a network is written as `10.0.0.0/8` or `fd00::/8`: an address, `/`, and the number of its bits that count"
-)]
-pub struct NotANetwork;
-
-impl Network {
-    /// Reports whether `address` is in the network. An IPv4-mapped IPv6 address counts as the IPv4 address.
-    pub fn contains(&self, address: IpAddr) -> bool {
-        let bits = u32::from(self.bits);
-        match (self.address, address.to_canonical()) {
-            (IpAddr::V4(of), IpAddr::V4(address)) => {
-                let mask = u32::MAX.checked_shl(32 - bits).unwrap_or(0);
-                of.to_bits() & mask == address.to_bits() & mask
-            }
-            (IpAddr::V6(of), IpAddr::V6(address)) => {
-                let mask = u128::MAX.checked_shl(128 - bits).unwrap_or(0);
-                of.to_bits() & mask == address.to_bits() & mask
-            }
-            _ => false,
-        }
-    }
-}
-
-impl FromStr for Network {
-    type Err = NotANetwork;
-
-    fn from_str(text: &str) -> Result<Self, NotANetwork> {
-        let (address, bits) = text.split_once('/').ok_or(NotANetwork)?;
-        let address: IpAddr = address.parse().map_err(|_| NotANetwork)?;
-        let bits: u8 = bits.parse().map_err(|_| NotANetwork)?;
-        let most = if address.is_ipv4() { 32 } else { 128 };
-        if bits <= most { Ok(Network { address, bits }) } else { Err(NotANetwork) }
-    }
-}
-
-impl fmt::Display for Network {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.address, self.bits)
-    }
-}
-
-impl Serialize for Network {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Network {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-    }
+    pub network: Option<Cidr>,
 }
 
 /// The reason why a token was not created.
@@ -213,7 +154,7 @@ pub enum JoinRefusal {
     #[error("token {id} does not allow the service `{service}`")]
     ServiceNotGranted { id: TokenId, service: ServiceName },
     #[error("token {id} is for nodes in {network}, and was presented from {address}")]
-    WrongNetwork { id: TokenId, network: Network, address: IpAddr },
+    WrongNetwork { id: TokenId, network: Cidr, address: IpAddr },
     #[error("{0} presented more than {MAX_GUESSES} wrong tokens in a minute")]
     TooManyGuesses(IpAddr),
 }
@@ -242,11 +183,17 @@ impl JoinRefusal {
 /// The record of a token. It has no secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TokenRecord {
-    /// The SHA-256 of the secret, in base64.
+    /// The SHA-256 of the secret, in base64url.
     hash: String,
     pub grant: JoinGrant,
     pub expires: SystemTime,
     pub redeemed: Option<Redemption>,
+}
+
+impl TokenRecord {
+    fn is_waiting(&self, now: SystemTime) -> bool {
+        self.redeemed.is_none() && self.expires > now
+    }
 }
 
 /// The use of a token.
@@ -293,8 +240,7 @@ impl TokenLedger {
             return Err(CreateError::Lifetime);
         }
         self.forget_old(now);
-        let waiting = self.tokens.values().filter(|record| record.redeemed.is_none() && record.expires > now);
-        if waiting.count() >= MAX_TOKENS {
+        if self.tokens.len() >= MAX_TOKENS && self.waiting(now) >= MAX_TOKENS {
             return Err(CreateError::Full);
         }
         let (mut id, mut secret) = ([0; 8], Zeroizing::new([0; 32]));
@@ -344,7 +290,7 @@ impl TokenLedger {
             return Err(JoinRefusal::ServiceNotGranted { id, service: service.clone() });
         }
         if let Some(network) = record.grant.network
-            && !network.contains(address)
+            && !network.contains(address.to_canonical())
         {
             return Err(JoinRefusal::WrongNetwork { id, network, address });
         }
@@ -357,9 +303,20 @@ impl TokenLedger {
         self.tokens.get(&id)?.redeemed.is_none().then(|| self.tokens.remove(&id))?
     }
 
+    /// Counts the tokens that can be redeemed.
+    fn waiting(&self, now: SystemTime) -> usize {
+        self.tokens.values().filter(|record| record.is_waiting(now)).count()
+    }
+
+    /// Forgets the tokens that expired long ago, and makes room for one more record.
     fn forget_old(&mut self, now: SystemTime) {
         let is_recent = |at: SystemTime| now.duration_since(at).unwrap_or_default() < REMEMBERED_FOR;
         self.tokens.retain(|_, record| is_recent(record.expires));
+        if self.tokens.len() >= MAX_RECORDS {
+            let remembered = self.tokens.iter().filter(|(_, record)| !record.is_waiting(now));
+            let oldest = remembered.min_by_key(|(_, record)| record.expires).map(|(id, _)| *id);
+            oldest.map(|id| self.tokens.remove(&id));
+        }
     }
 
     fn guesses(&mut self, address: IpAddr, now: SystemTime) -> &mut Guesses {

@@ -5,6 +5,7 @@
 //! | [`name`] | [`ServiceName`], [`NodeName`]: valid names of services and nodes |
 //! | [`endpoint`] | [`Endpoint`], [`Health`], [`Weight`], [`Protocol`]: one instance of a service |
 //! | [`registration`] | [`Registration`]: one service as one discovery source lists it; [`State`]: how far to trust it |
+//! | [`cidr`] | [`Cidr`]: a network, or a single address |
 //! | [`document`] | the mesh documents `Mesh`, `Service`, `Route`, `Node`, and [`Documents`], a consistent set of them |
 //! | [`load`] | strict loading of documents: file, line, column, a did-you-mean, every problem at once |
 //! | [`yaml`], [`strict`] | the layers below: text to a tree with positions, tree to a typed value |
@@ -17,6 +18,7 @@
 //! `tokio` nor `vmesh-proto`. Text comes in as an argument.
 
 pub mod check;
+pub mod cidr;
 pub mod document;
 pub mod endpoint;
 pub mod join;
@@ -29,6 +31,7 @@ pub mod strict;
 pub mod text;
 pub mod yaml;
 
+pub use cidr::Cidr;
 pub use document::{Documents, Settings};
 pub use endpoint::{Address, Endpoint, Health, Host, Labels, Protocol, Weight};
 pub use join::join;

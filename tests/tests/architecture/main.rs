@@ -96,6 +96,7 @@ fn no_pure_crate_reads_a_clock() {
         ("vmesh-backoff/src/lib.rs", &[], 1),
         ("vmesh-model/src/lib.rs", &[], 12),
         ("vmesh-catalog/src/lib.rs", &[], 4),
+        ("vmesh-identity/src/lib.rs", &[], 7),
         ("vmesh-compile/src/lib.rs", &[], 12),
         ("vmesh-xds/src/lib.rs", &["server", "client"], 10),
         ("vmesh-dns/src/answer.rs", &[], 1),

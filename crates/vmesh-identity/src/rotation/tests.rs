@@ -57,12 +57,14 @@ fn a_rotation_is_aborted_before_it_is_active_and_stepped_back_after() {
     let prepared = Rotation::prepare(now());
     let distributing = stage(&prepared, &[]);
     let active = stage(&distributing, &[]);
-    assert_eq!(prepared.step_back(now(), &[]), None);
-    assert_eq!(distributing.step_back(now(), &[]), None);
-    let back = active.step_back(now(), &[]).unwrap();
+    assert_eq!(prepared.step_back(LIFETIME, now()), None);
+    assert_eq!(distributing.step_back(LIFETIME, now()), None);
+    // Leaves of the new authority exist, whatever nodes have reported of them.
+    let back = active.step_back(LIFETIME, now()).unwrap();
     assert_eq!((back.stage(), back.issuer()), (Stage::Distributing, Generation::Old));
-    let renewed = [trust("web-1", true, Generation::New)];
-    assert_eq!(back.step_back(now(), &renewed), Some(back.clone()));
+    let expired = now() + LIFETIME + CLOCK_TOLERANCE;
+    assert_eq!(back.step_back(LIFETIME, expired - Duration::from_secs(1)), Some(back.clone()));
+    assert_eq!(back.step_back(LIFETIME, expired), None);
 }
 
 /// A node of the model: what it has, which the control plane knows from the last time they spoke.
@@ -145,10 +147,13 @@ impl ModelMesh {
             },
             Step::Back => {
                 if let Some(rotation) = &self.rotation {
-                    self.rotation = rotation.step_back(self.now, &self.fleet());
+                    self.rotation = rotation.step_back(LIFETIME, self.now);
                 }
             }
-            Step::Restart => {}
+            Step::Restart => {
+                let disk = serde_json::to_string(&self.rotation).unwrap();
+                self.rotation = serde_json::from_str(&disk).unwrap();
+            }
             // A node whose leaf has expired joins again, by a token: it gets the bundle and a leaf.
             Step::Connect(at) => {
                 let node = &mut self.nodes[*at];

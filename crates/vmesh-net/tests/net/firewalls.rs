@@ -284,21 +284,3 @@ async fn connections_from_outside_that_the_filter_drops_once_they_are_redirected
 async fn connections_from_outside_that_the_filter_drops_once_they_are_redirected_are_told_by_iptables() {
     connections_from_outside_are_counted(RulesBackend::Iptables).await;
 }
-
-/// The keeper ignores transactions of its own. A foreign change that follows one of them must not be ignored with it.
-#[tokio::test]
-async fn a_change_by_others_right_after_one_of_ours_is_mended_at_once() {
-    let vm = Vm::new(RulesBackend::Nft).await;
-    let mut agent = FakeAgent::new(&vm, OPEN).await;
-    agent.capture().await;
-    for round in 1..=8_u32 {
-        agent.want.spec.outbound.vips.insert(format!("240.0.1.{round}:80").parse().unwrap());
-        status(agent.want().await);
-        vm.nft(&["flush", "table", "inet", "vmesh"]);
-        let since = std::time::Instant::now();
-        let is_mended = |status: &Status| status.drift.count >= u64::from(round);
-        agent.well_until("the drift to be mended", is_mended).await;
-        // Far below the minute after which the keeper looks at everything.
-        assert!(since.elapsed() < Duration::from_secs(20), "round {round}: {:?}", since.elapsed());
-    }
-}

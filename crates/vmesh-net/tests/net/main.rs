@@ -6,6 +6,7 @@
 mod failures;
 mod firewalls;
 mod hostile;
+mod rules;
 mod units;
 mod vm;
 
