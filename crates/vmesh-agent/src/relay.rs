@@ -58,7 +58,7 @@ const REFUSED_SHOWN: usize = 100;
 /// Reason for closing a stream on which the control plane was told of a rejection that is over.
 const RECOVERED: &str = "Envoy has accepted what it had rejected, which only a new stream can report";
 
-/// The view of the only node of this hub.
+/// The class of the only node of this hub.
 const CLASS: &str = "";
 
 #[derive(Debug, thiserror::Error)]

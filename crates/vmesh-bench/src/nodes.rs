@@ -77,7 +77,7 @@ async fn run(options: &NodesOptions) -> Result<()> {
     let NodesOptions { nodes, size: Size { services, endpoints, .. }, upstreams } = options;
     println!("{nodes} nodes of {upstreams} upstreams x {services} services x {endpoints} endpoints\n");
     println!(
-        "Node documents                connect to synced        CPU      resident   views   ratio to no documents"
+        "Node documents                connect to synced        CPU      resident  classes  ratio to no documents"
     );
     let mut plain = None;
     for case in cases(*nodes) {
@@ -89,7 +89,7 @@ async fn run(options: &NodesOptions) -> Result<()> {
             seen.connect.as_secs_f64(),
             seen.cpu.as_secs_f64(),
             mib(seen.resident),
-            seen.views,
+            seen.classes,
             seen.cpu.as_secs_f64() / base.cpu.as_secs_f64().max(1e-9),
             seen.resident as f64 / (base.resident as f64).max(1.0),
         );
@@ -102,7 +102,7 @@ struct FleetCost {
     connect: Duration,
     cpu: Duration,
     resident: u64,
-    views: usize,
+    classes: usize,
 }
 
 async fn connect(options: &NodesOptions, mesh: &Mesh, zones: usize) -> Result<Fleet> {
@@ -131,7 +131,7 @@ async fn measure(options: &NodesOptions, case: &DocumentsCase) -> Result<FleetCo
         connect,
         cpu: cpu_of(mesh.control.pid())? - cpu,
         resident: mesh.control.resident_bytes()?,
-        views: mesh.api.metric("vmesh_classes").await? as usize,
+        classes: mesh.api.metric("vmesh_classes").await? as usize,
     })
 }
 

@@ -3,13 +3,13 @@
 //! [`Compiler::apply`] takes a new world and the nodes that connected and disconnected, in this order:
 //!
 //! 1. It removes the nodes that disconnected.
-//! 2. It replaces the world, and recompiles each affected service in every view that contains it
+//! 2. It replaces the world, and recompiles each affected service in every class that contains it
 //!    ([`Compiler::recompile`]).
-//! 3. It computes the view and the scope of each node that connected or may have changed
-//!    ([`Compiler::place_node`]), and compiles the services that no node of the view called before.
-//! 4. It builds the stores of the views that changed ([`Compiler::publish`]).
+//! 3. It computes the class and the scope of each node that connected or may have changed
+//!    ([`Compiler::place_node`]), and compiles the services that no node of the class called before.
+//! 4. It builds the stores of the classes that changed ([`Compiler::publish`]).
 //!
-//! Every structure is counted, so that the last node that leaves a view removes what only it needed.
+//! Every structure is counted, so that the last node that leaves a class removes what only it needed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -21,16 +21,16 @@ use vmesh_model::node::{Upstream, Upstreams};
 use vmesh_model::{NodeReport, Problem, Protocol, ServiceName};
 use vmesh_xds::{Groups, Scope, Store};
 
-use crate::configuration::{Change, CompiledView, Configuration, Counts, NodeId, Update};
+use crate::class::{CapturedDestinations, NodeClass, Variant, zones_matter};
+use crate::configuration::{Change, CompiledClass, Configuration, Counts, NodeId, Update};
 use crate::node::{self, NodeConfig};
 use crate::owners::AddressOwners;
 use crate::service::{self, CompiledVariant, Reuse};
 use crate::transparent::{CaptureIndex, VirtualAddressTable};
-use crate::view::{CapturedDestinations, Variant, View, zones_matter};
 use crate::zones::Zones;
 
 /// A compiler for all connected nodes. It compiles each variant of a service once, and drops a variant when
-/// the last view that contains it no longer needs it.
+/// the last class that contains it no longer needs it.
 ///
 /// The owner calls [`apply`](Compiler::apply) with each new world and with the nodes that connected and
 /// disconnected, and publishes the returned [`Update`]. [`configuration`](Compiler::configuration) returns
@@ -38,36 +38,36 @@ use crate::zones::Zones;
 #[derive(Debug)]
 pub struct Compiler {
     configuration: Configuration,
-    /// `None` while no view captures connections.
+    /// `None` while no class captures connections.
     index: Option<CaptureIndex>,
     zones: Zones,
     zones_matter: bool,
-    views: BTreeMap<Arc<str>, ViewState>,
+    classes: BTreeMap<Arc<str>, ClassState>,
     variants: BTreeMap<ServiceName, BTreeMap<Arc<str>, CountedVariant>>,
     nodes: BTreeMap<NodeId, NodeState>,
-    /// For each service name, the views in which at least one node calls it by name. The service need not
+    /// For each service name, the classes in which at least one node calls it by name. The service need not
     /// exist.
-    views_by_upstream: BTreeMap<Arc<str>, BTreeSet<Arc<str>>>,
-    /// The views in which at least one node subscribes to all services.
-    views_with_all_services: BTreeSet<Arc<str>>,
+    classes_by_upstream: BTreeMap<Arc<str>, BTreeSet<Arc<str>>>,
+    /// The classes in which at least one node subscribes to all services.
+    classes_with_all_services: BTreeSet<Arc<str>>,
     /// For each service name, the nodes that run a workload of that service.
     nodes_by_workload: BTreeMap<ServiceName, BTreeSet<NodeId>>,
 }
 
-/// A compiled variant and the number of views that contain it.
+/// A compiled variant and the number of classes that contain it.
 #[derive(Debug)]
 struct CountedVariant {
     compiled: Arc<CompiledVariant>,
-    views: usize,
+    classes: usize,
 }
 
 #[derive(Debug)]
-struct ViewState {
-    view: Arc<View>,
+struct ClassState {
+    class: Arc<NodeClass>,
     nodes: BTreeSet<NodeId>,
-    /// The number of nodes in this view that subscribe to all services.
+    /// The number of nodes in this class that subscribe to all services.
     subscribers_to_all: usize,
-    /// For each service name, the number of nodes in this view that call it by name.
+    /// For each service name, the number of nodes in this class that call it by name.
     callers: BTreeMap<Arc<str>, usize>,
     services: RedBlackTreeMapSync<ServiceName, Arc<CompiledVariant>>,
     store: Arc<Store>,
@@ -90,7 +90,7 @@ impl Compiler {
         zones.update(None, &world, &known);
         let configuration = Configuration {
             world: world.clone(),
-            views: RedBlackTreeMapSync::new_sync(),
+            classes: RedBlackTreeMapSync::new_sync(),
             nodes: RedBlackTreeMapSync::new_sync(),
             problems: RedBlackTreeMapSync::new_sync(),
         };
@@ -99,11 +99,11 @@ impl Compiler {
             index: None,
             zones,
             zones_matter: zones_matter(&world.documents),
-            views: BTreeMap::new(),
+            classes: BTreeMap::new(),
             variants: BTreeMap::new(),
             nodes: BTreeMap::new(),
-            views_by_upstream: BTreeMap::new(),
-            views_with_all_services: BTreeSet::new(),
+            classes_by_upstream: BTreeMap::new(),
+            classes_with_all_services: BTreeSet::new(),
             nodes_by_workload: BTreeMap::new(),
         };
         known.iter().for_each(|name| compiler.update_problems(name));
@@ -152,14 +152,14 @@ impl Compiler {
 
     /// Returns the number of entries kept for connected nodes.
     pub fn counts(&self) -> Counts {
-        let indexed = self.views_with_all_services.len()
-            + self.views_by_upstream.values().map(BTreeSet::len).sum::<usize>()
+        let indexed = self.classes_with_all_services.len()
+            + self.classes_by_upstream.values().map(BTreeSet::len).sum::<usize>()
             + self.nodes_by_workload.values().map(BTreeSet::len).sum::<usize>();
         Counts {
             nodes: self.nodes.len().max(self.configuration.nodes.size()),
-            views: self.views.len().max(self.configuration.views.size()),
+            classes: self.classes.len().max(self.configuration.classes.size()),
             variants: self.variants.values().map(BTreeMap::len).sum(),
-            services: self.views.values().map(|state| state.services.size()).sum(),
+            services: self.classes.values().map(|state| state.services.size()).sum(),
             indexed,
         }
     }
@@ -195,7 +195,7 @@ impl Compiler {
     }
 
     /// Updates the documents that select each node. Returns the nodes for which these changed, and those
-    /// whose view changed.
+    /// whose class changed.
     fn match_documents(&mut self, before: &Documents) -> Vec<NodeId> {
         let documents = self.world().documents.clone();
         let mesh = |documents: &Documents| documents.mesh.as_ref().map(Arc::as_ptr);
@@ -212,33 +212,33 @@ impl Compiler {
             }
         }
         let moved = self.nodes.iter().filter(|(_, node)| {
-            node.config.as_ref().is_none_or(|config| *self.view_of(node).key() != *config.view)
+            node.config.as_ref().is_none_or(|config| *self.class_of(node).key() != *config.class)
         });
         nodes.extend(moved.map(|(id, _)| *id));
         nodes
     }
 
-    fn view_of(&self, node: &NodeState) -> View {
+    fn class_of(&self, node: &NodeState) -> NodeClass {
         let zone = node.report.zone.clone();
         let zone = zone.filter(|zone| self.zones_matter && self.zones.has_endpoints(zone));
-        View::of(&node.report, &node.documents, zone)
+        NodeClass::of(&node.report, &node.documents, zone)
     }
 
-    /// Recompiles `name` in every view that contains it. Returns the nodes whose own configuration may have
+    /// Recompiles `name` in every class that contains it. Returns the nodes whose own configuration may have
     /// changed.
     fn recompile(&mut self, name: &ServiceName) -> Vec<NodeId> {
         let is_known = self.world().is_known(name);
         let stale = self.variants.remove(name).unwrap_or_default();
         let mut nodes = Vec::new();
-        let by_name = self.views_by_upstream.get(name.as_str()).into_iter().flatten();
-        let keys: BTreeSet<Arc<str>> = by_name.chain(&self.views_with_all_services).cloned().collect();
+        let by_name = self.classes_by_upstream.get(name.as_str()).into_iter().flatten();
+        let keys: BTreeSet<Arc<str>> = by_name.chain(&self.classes_with_all_services).cloned().collect();
         let mut fresh: BTreeMap<Arc<str>, CountedVariant> = BTreeMap::new();
         for key in keys {
-            let Some(state) = self.views.get_mut(&key) else { continue };
+            let Some(state) = self.classes.get_mut(&key) else { continue };
             let before = state.services.get(name).cloned();
             let now = is_known.then(|| {
                 let world = &self.configuration.world;
-                let variant = state.view.variant(world, name);
+                let variant = state.class.variant(world, name);
                 // A variant compiled from the new endpoints is preferred, because it shares the most
                 // resources.
                 let sibling =
@@ -249,7 +249,7 @@ impl Compiler {
                         Reuse { earlier: earlier.map(|earlier| &**earlier), sibling: sibling.as_deref() };
                     compile_variant(world, self.index.as_ref(), name, (key, &variant), reuse)
                 });
-                counted.views += 1;
+                counted.classes += 1;
                 counted.compiled.clone()
             });
             let reshaped = match (&before, &now) {
@@ -277,10 +277,10 @@ impl Compiler {
         nodes
     }
 
-    /// Compiles the service `name` for the view `key`, unless it is compiled there already. Returns `None` if
+    /// Compiles the service `name` for the class `key`, unless it is compiled there already. Returns `None` if
     /// the service does not exist.
     fn ensure_compiled(&mut self, key: &Arc<str>, name: &ServiceName) -> Option<Arc<CompiledVariant>> {
-        let state = self.views.get_mut(key)?;
+        let state = self.classes.get_mut(key)?;
         if let Some(compiled) = state.services.get(name) {
             return Some(compiled.clone());
         }
@@ -288,15 +288,15 @@ impl Compiler {
         if !world.is_known(name) {
             return None;
         }
-        let variant = state.view.variant(world, name);
+        let variant = state.class.variant(world, name);
         let variants = self.variants.entry(name.clone()).or_default();
         let sibling = variants.values().next().map(|counted| counted.compiled.clone());
         let counted = variants.entry(variant.key()).or_insert_with_key(|key| {
             let reuse = Reuse { earlier: None, sibling: sibling.as_deref() };
             compile_variant(world, self.index.as_ref(), name, (key, &variant), reuse)
         });
-        counted.views += 1;
-        let (compiled, is_new) = (counted.compiled.clone(), counted.views == 1);
+        counted.classes += 1;
+        let (compiled, is_new) = (counted.compiled.clone(), counted.classes == 1);
         state.services.insert_mut(name.clone(), compiled.clone());
         state.changed.insert(name.clone());
         if is_new {
@@ -305,17 +305,17 @@ impl Compiler {
         Some(compiled)
     }
 
-    /// Removes the service `name` from the view `key`, in which no node calls it any more. The variant is
-    /// dropped when no view contains it.
+    /// Removes the service `name` from the class `key`, in which no node calls it any more. The variant is
+    /// dropped when no class contains it.
     fn remove_service(&mut self, key: &Arc<str>, name: &ServiceName) {
-        let Some(state) = self.views.get_mut(key) else { return };
+        let Some(state) = self.classes.get_mut(key) else { return };
         let Some(compiled) = state.services.get(name).cloned() else { return };
         state.services.remove_mut(name);
         state.changed.insert(name.clone());
         let Some(variants) = self.variants.get_mut(name) else { return };
         let Some(counted) = variants.get_mut(&compiled.variant) else { return };
-        counted.views -= 1;
-        if counted.views > 0 {
+        counted.classes -= 1;
+        if counted.classes > 0 {
             return;
         }
         variants.remove(&compiled.variant);
@@ -325,14 +325,14 @@ impl Compiler {
         self.update_problems(name);
     }
 
-    /// Computes the view and the scope of a node. Returns its new configuration, or `None` if it did not
+    /// Computes the class and the scope of a node. Returns its new configuration, or `None` if it did not
     /// change.
     fn place_node(&mut self, id: NodeId) -> Option<Arc<NodeConfig>> {
         let node = self.nodes.get(&id)?;
         let (report, documents, before) = (node.report.clone(), node.documents.clone(), node.config.clone());
-        let view = self.view_of(node);
-        let key = view.key();
-        self.add_to_view(&key, view, id);
+        let class = self.class_of(node);
+        let key = class.key();
+        self.add_to_class(&key, class, id);
         let upstreams = node::upstreams(&report, &documents);
         let sees_all = report.upstreams == Upstreams::All;
         let groups = match sees_all {
@@ -343,19 +343,19 @@ impl Compiler {
             false => Groups::Named(self.subscribe_to_upstreams(&key, &upstreams, before.as_deref())),
         };
         let (own, problems) = {
-            let state = self.views.get(&key)?;
+            let state = self.classes.get(&key)?;
             let world = &self.configuration.world;
-            let (services, captured) = (&state.services, state.view.captured);
+            let (services, captured) = (&state.services, state.class.captured);
             let input = node::NodeInput { world, report: &report, documents: &documents, services, captured };
             node::compile(&input, &upstreams)
         };
         if let Some(before) = &before
-            && before.view != key
+            && before.class != key
         {
-            self.remove_from_view(id, before);
+            self.remove_from_class(id, before);
         }
         let same = before.as_ref().filter(|before| {
-            before.view == key && before.scope.groups == groups && *before.scope.own == *own
+            before.class == key && before.scope.groups == groups && *before.scope.own == *own
         });
         let scope = match same {
             Some(before) => before.scope.clone(),
@@ -367,7 +367,7 @@ impl Compiler {
             return None;
         }
         let is_same = same.is_some();
-        let config = Arc::new(NodeConfig { view: key, scope, problems });
+        let config = Arc::new(NodeConfig { class: key, scope, problems });
         if let Some(node) = self.nodes.get_mut(&id) {
             node.config = Some(config.clone());
         }
@@ -375,9 +375,9 @@ impl Compiler {
         (!is_same).then_some(config)
     }
 
-    fn add_to_view(&mut self, key: &Arc<str>, view: View, id: NodeId) {
+    fn add_to_class(&mut self, key: &Arc<str>, class: NodeClass, id: NodeId) {
         let world = &self.configuration.world;
-        if let Some(captured) = view.captured {
+        if let Some(captured) = class.captured {
             let index = self.index.get_or_insert_with(|| CaptureIndex {
                 virtuals: VirtualAddressTable::new(world),
                 owners: None,
@@ -386,8 +386,8 @@ impl Compiler {
                 index.owners.get_or_insert_with(|| AddressOwners::new(world));
             }
         }
-        let state = self.views.entry(key.clone()).or_insert_with(|| ViewState {
-            view: Arc::new(view),
+        let state = self.classes.entry(key.clone()).or_insert_with(|| ClassState {
+            class: Arc::new(class),
             nodes: BTreeSet::new(),
             subscribers_to_all: 0,
             callers: BTreeMap::new(),
@@ -398,16 +398,16 @@ impl Compiler {
         state.nodes.insert(id);
     }
 
-    /// Counts a node of the view `key` that subscribes to all services, unless `before` shows that it is
+    /// Counts a node of the class `key` that subscribes to all services, unless `before` shows that it is
     /// counted already.
     fn subscribe_to_all(&mut self, key: &Arc<str>, before: Option<&NodeConfig>) {
-        if before.is_some_and(|before| before.view == *key) {
+        if before.is_some_and(|before| before.class == *key) {
             return;
         }
-        let Some(state) = self.views.get_mut(key) else { return };
+        let Some(state) = self.classes.get_mut(key) else { return };
         state.subscribers_to_all += 1;
         if state.subscribers_to_all == 1 {
-            self.views_with_all_services.insert(key.clone());
+            self.classes_with_all_services.insert(key.clone());
             let known: Vec<_> = self.configuration.world.service_names().cloned().collect();
             for name in &known {
                 self.ensure_compiled(key, name);
@@ -435,14 +435,14 @@ impl Compiler {
             }
         }
         let none = BTreeSet::new();
-        let counted = match before.filter(|before| before.view == *key).map(|before| &before.scope.groups) {
+        let counted = match before.filter(|before| before.class == *key).map(|before| &before.scope.groups) {
             Some(Groups::Named(names)) => names,
             _ => &none,
         };
-        if let Some(state) = self.views.get_mut(key) {
+        if let Some(state) = self.classes.get_mut(key) {
             for name in reachable.difference(counted) {
                 *state.callers.entry(name.clone()).or_default() += 1;
-                self.views_by_upstream.entry(name.clone()).or_default().insert(key.clone());
+                self.classes_by_upstream.entry(name.clone()).or_default().insert(key.clone());
             }
         }
         let dropped: Vec<_> = counted.difference(&reachable).cloned().collect();
@@ -452,7 +452,7 @@ impl Compiler {
 
     fn remove_caller(&mut self, key: &Arc<str>, names: Vec<Arc<str>>) {
         for name in names {
-            let Some(state) = self.views.get_mut(key) else { return };
+            let Some(state) = self.classes.get_mut(key) else { return };
             let Some(callers) = state.callers.get_mut(&name) else { continue };
             *callers -= 1;
             if *callers > 0 {
@@ -460,10 +460,10 @@ impl Compiler {
             }
             state.callers.remove(&name);
             let is_seen = state.subscribers_to_all > 0;
-            if let Some(views) = self.views_by_upstream.get_mut(&name) {
-                views.remove(key);
-                if views.is_empty() {
-                    self.views_by_upstream.remove(&name);
+            if let Some(classes) = self.classes_by_upstream.get_mut(&name) {
+                classes.remove(key);
+                if classes.is_empty() {
+                    self.classes_by_upstream.remove(&name);
                 }
             }
             if !is_seen && let Ok(name) = name.parse() {
@@ -472,16 +472,16 @@ impl Compiler {
         }
     }
 
-    /// Removes the node `id` from the view of `config`.
-    fn remove_from_view(&mut self, id: NodeId, config: &NodeConfig) {
-        let key = &config.view;
+    /// Removes the node `id` from the class of `config`.
+    fn remove_from_class(&mut self, id: NodeId, config: &NodeConfig) {
+        let key = &config.class;
         match &config.scope.groups {
             Groups::Named(names) => self.remove_caller(key, names.iter().cloned().collect()),
             Groups::All => {
-                let Some(state) = self.views.get_mut(key) else { return };
+                let Some(state) = self.classes.get_mut(key) else { return };
                 state.subscribers_to_all -= 1;
                 if state.subscribers_to_all == 0 {
-                    self.views_with_all_services.remove(key);
+                    self.classes_with_all_services.remove(key);
                     let uncalled =
                         state.services.keys().filter(|name| !state.callers.contains_key(name.as_str()));
                     let uncalled: Vec<_> = uncalled.cloned().collect();
@@ -489,7 +489,7 @@ impl Compiler {
                 }
             }
         }
-        if let Some(state) = self.views.get_mut(key) {
+        if let Some(state) = self.classes.get_mut(key) {
             state.nodes.remove(&id);
         }
     }
@@ -505,21 +505,21 @@ impl Compiler {
             }
         }
         if let Some(config) = config {
-            self.remove_from_view(id, &config);
+            self.remove_from_class(id, &config);
         }
         self.configuration.nodes.remove_mut(&id);
     }
 
-    /// Builds the stores of the views that changed, and drops the views without nodes.
+    /// Builds the stores of the classes that changed, and drops the classes without nodes.
     fn publish(&mut self, update: &mut Update) {
-        let views = &mut self.configuration.views;
-        self.views.retain(|key, state| {
+        let classes = &mut self.configuration.classes;
+        self.classes.retain(|key, state| {
             if state.nodes.is_empty() {
-                views.remove_mut(key);
-                update.removed_views.push(key.clone());
+                classes.remove_mut(key);
+                update.removed_classes.push(key.clone());
                 return false;
             }
-            let is_new = !views.contains_key(key);
+            let is_new = !classes.contains_key(key);
             if state.changed.is_empty() && !is_new {
                 return true;
             }
@@ -533,16 +533,16 @@ impl Compiler {
                 state.store = Arc::new(store);
                 update.stores.push((key.clone(), state.store.clone()));
             }
-            let view = CompiledView {
-                view: state.view.clone(),
+            let class = CompiledClass {
+                class: state.class.clone(),
                 services: state.services.clone(),
                 store: state.store.clone(),
             };
-            views.insert_mut(key.clone(), Arc::new(view));
+            classes.insert_mut(key.clone(), Arc::new(class));
             true
         });
-        if !update.removed_views.is_empty() {
-            let captured = |this| self.views.values().any(|state| state.view.captured == Some(this));
+        if !update.removed_classes.is_empty() {
+            let captured = |this| self.classes.values().any(|state| state.class.captured == Some(this));
             let (virtuals, addresses) =
                 (captured(CapturedDestinations::Virtual), captured(CapturedDestinations::VirtualAndReal));
             match &mut self.index {
@@ -569,7 +569,7 @@ impl Compiler {
     }
 }
 
-/// Compiles a variant that no view contains yet.
+/// Compiles a variant that no class contains yet.
 fn compile_variant(
     world: &World,
     index: Option<&CaptureIndex>,
@@ -579,7 +579,7 @@ fn compile_variant(
 ) -> CountedVariant {
     let none = CaptureIndex::default();
     let compiled = service::compile(world, index.unwrap_or(&none), name, variant, reuse);
-    CountedVariant { compiled: Arc::new(compiled), views: 0 }
+    CountedVariant { compiled: Arc::new(compiled), classes: 0 }
 }
 
 /// Returns the services that must be recompiled: those that differ between the two worlds, and those whose

@@ -9,10 +9,10 @@ use vmesh_catalog::World;
 use vmesh_model::{NodeReport, Problem, ServiceName};
 use vmesh_xds::{Snapshot, Store};
 
+use crate::class::NodeClass;
 use crate::compiler::Compiler;
 use crate::node::NodeConfig;
 use crate::service::CompiledVariant;
-use crate::view::View;
 
 /// The id of a connection of a node. A node that is connected twice has two ids.
 pub type NodeId = u64;
@@ -29,27 +29,27 @@ pub struct Change {
 /// The output of [`Compiler::apply`]. The caller publishes all of it in one step.
 #[derive(Debug, Default)]
 pub struct Update {
-    /// The new stores, by the key of their view.
+    /// The new stores, by the key of their class.
     pub stores: Vec<(Arc<str>, Arc<Store>)>,
-    /// The new configurations of nodes whose view or scope changed.
+    /// The new configurations of nodes whose class or scope changed.
     pub nodes: Vec<(NodeId, Arc<NodeConfig>)>,
-    /// The keys of views whose last node disconnected.
-    pub removed_views: Vec<Arc<str>>,
+    /// The keys of classes whose last node disconnected.
+    pub removed_classes: Vec<Arc<str>>,
 }
 
 /// An immutable snapshot of everything that a [`Compiler`] compiled. Cloning it copies a few pointers.
 #[derive(Debug, Clone)]
 pub struct Configuration {
     pub world: Arc<World>,
-    pub(crate) views: RedBlackTreeMapSync<Arc<str>, Arc<CompiledView>>,
+    pub(crate) classes: RedBlackTreeMapSync<Arc<str>, Arc<CompiledClass>>,
     pub(crate) nodes: RedBlackTreeMapSync<NodeId, Arc<NodeConfig>>,
     pub(crate) problems: RedBlackTreeMapSync<ServiceName, Arc<[Problem]>>,
 }
 
-/// The services of one view that at least one of its nodes calls, compiled.
+/// The services of one class that at least one of its nodes calls, compiled.
 #[derive(Debug, Clone)]
-pub struct CompiledView {
-    pub view: Arc<View>,
+pub struct CompiledClass {
+    pub class: Arc<NodeClass>,
     pub services: RedBlackTreeMapSync<ServiceName, Arc<CompiledVariant>>,
     pub store: Arc<Store>,
 }
@@ -66,20 +66,20 @@ impl Configuration {
         self.nodes.get(&id)
     }
 
-    /// Returns the view with this key.
-    pub fn view(&self, key: &str) -> Option<&Arc<CompiledView>> {
-        self.views.get(key)
+    /// Returns the class with this key.
+    pub fn class(&self, key: &str) -> Option<&Arc<CompiledClass>> {
+        self.classes.get(key)
     }
 
-    /// Returns the number of views.
-    pub fn views(&self) -> usize {
-        self.views.size()
+    /// Returns the number of classes.
+    pub fn classes(&self) -> usize {
+        self.classes.size()
     }
 
     /// Returns the resources that the node `id` receives, or `None` if it is not connected.
     pub fn snapshot(&self, id: NodeId) -> Option<Snapshot> {
         let config = self.node(id)?;
-        Some(Snapshot { store: self.view(&config.view)?.store.clone(), scope: config.scope.clone() })
+        Some(Snapshot { store: self.class(&config.class)?.store.clone(), scope: config.scope.clone() })
     }
 
     /// Returns the problems of services and routes without duplicates, followed by those of each connected
@@ -96,11 +96,11 @@ impl Configuration {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
     pub nodes: usize,
-    pub views: usize,
+    pub classes: usize,
     /// The variants of all services together.
     pub variants: usize,
-    /// The services of all views together.
+    /// The services of all classes together.
     pub services: usize,
-    /// The entries of the indexes from services to views and nodes.
+    /// The entries of the indexes from services to classes and nodes.
     pub indexed: usize,
 }

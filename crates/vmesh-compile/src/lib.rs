@@ -5,12 +5,12 @@
 //!
 //! | part              | what it is                                                                          |
 //! |-------------------|-------------------------------------------------------------------------------------|
-//! | [`View`]          | the properties of a node that decide how services are compiled for it; nodes with equal views share a store |
-//! | variant           | a service compiled under one set of effective settings, shared by all views in which these are equal |
-//! | [`NodeConfig`]    | a node's view, the services in its scope, and the resources that this node alone receives |
-//! | [`Configuration`] | the compiler's immutable output: all views, nodes and problems at one moment        |
+//! | [`NodeClass`]     | the properties of a node that decide how services are compiled for it; nodes of one class share a store |
+//! | variant           | a service compiled under one set of effective settings, shared by all classes in which these are equal |
+//! | [`NodeConfig`]    | a node's class, the services in its scope, and the resources that this node alone receives |
+//! | [`Configuration`] | the compiler's immutable output: all classes, nodes and problems at one moment        |
 //!
-//! A service that no node calls is not compiled. When the last node of a view disconnects, the view and the
+//! A service that no node calls is not compiled. When the last node of a class disconnects, the class and the
 //! variants that only it used are dropped.
 //!
 //! **Invariant:** the compiler never fails, never waits, and reads no clock. A bad service becomes a
@@ -20,6 +20,7 @@
 //! worlds and nodes, each node has exactly what [`compile`] gives it alone, and nothing remains of nodes that
 //! left.
 
+mod class;
 mod cluster;
 mod compiler;
 mod configuration;
@@ -32,7 +33,6 @@ mod owners;
 mod route;
 mod service;
 mod transparent;
-mod view;
 mod zones;
 
 use std::sync::Arc;
@@ -41,13 +41,13 @@ use vmesh_catalog::World;
 use vmesh_model::{NodeReport, Problem};
 use vmesh_xds::Snapshot;
 
+pub use class::{CapturedDestinations, NodeClass};
 pub use compiler::Compiler;
-pub use configuration::{Change, CompiledView, Configuration, Counts, NodeId, Update};
+pub use configuration::{Change, CompiledClass, Configuration, Counts, NodeId, Update};
 pub use endpoints::priorities;
 pub use node::NodeConfig;
 pub use route::cluster_name;
 pub use service::{CompiledVariant, Shape};
-pub use view::{CapturedDestinations, View};
 
 /// Returns every resource that the proxy of `report`'s node needs, and the problems found in the services and
 /// documents that they were compiled from.

@@ -21,6 +21,7 @@ use vmesh_proto::envoy::config::route::v3::{
 };
 use vmesh_xds::{Group, Kind, Resource, Scope};
 
+use crate::class::CapturedDestinations;
 use crate::cluster::{captured_application_cluster, local_cluster};
 use crate::endpoints::local_assignment;
 use crate::gate;
@@ -29,17 +30,16 @@ use crate::listener::{
 };
 use crate::route::Share;
 use crate::service::CompiledVariant;
-use crate::view::CapturedDestinations;
 
 /// The number of services above which a node that subscribes to all of them gets a problem that states the
 /// cost.
 const MANY_SERVICES: usize = 200;
 
-/// The part of a node's configuration that it does not share with the other nodes of its view.
+/// The part of a node's configuration that it does not share with the other nodes of its class.
 #[derive(Debug, Clone)]
 pub struct NodeConfig {
-    /// The key of the node's [`View`](crate::View).
-    pub view: Arc<str>,
+    /// The key of the node's [`NodeClass`](crate::NodeClass).
+    pub class: Arc<str>,
     pub scope: Arc<Scope>,
     pub problems: Vec<Problem>,
 }
@@ -50,7 +50,7 @@ pub(crate) struct NodeInput<'a> {
     pub(crate) report: &'a NodeReport,
     /// The `Node` documents that select the node; later ones override earlier ones.
     pub(crate) documents: &'a [Arc<PlacedDocument<document::NodeDocument>>],
-    /// The services compiled in the node's view, at least those that the node calls.
+    /// The services compiled in the node's class, at least those that the node calls.
     pub(crate) services: &'a RedBlackTreeMapSync<ServiceName, Arc<CompiledVariant>>,
     pub(crate) captured: Option<CapturedDestinations>,
 }
@@ -250,7 +250,7 @@ impl NodeBuilder<'_> {
     }
 
     /// Adds a listener that binds `address`. Envoy accepts only one listener per address, bound or not. If
-    /// this host is itself an endpoint at `address`, the shared view has a capture listener for it; this node
+    /// this host is itself an endpoint at `address`, the shared class has a capture listener for it; this node
     /// receives that listener as absent.
     fn add_bound(&mut self, listener: &Listener, address: SocketAddr) {
         if self.captured == Some(CapturedDestinations::VirtualAndReal) && !address.ip().is_unspecified() {

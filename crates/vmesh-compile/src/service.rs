@@ -10,13 +10,13 @@ use vmesh_model::node::Client;
 use vmesh_model::{Endpoint, Place, Problem, ServiceName, Settings};
 use vmesh_xds::{Group, Kind, Resource};
 
+use crate::class::Variant;
 use crate::cluster::{eds_cluster, grpc_cluster};
 use crate::effective::EffectiveSettings;
 use crate::endpoints::assignment;
 use crate::listener::api_listener;
 use crate::route::{RouteCompiler, Share, cluster_name};
 use crate::transparent::{CaptureIndex, CaptureInput, CaptureResources};
-use crate::view::Variant;
 
 /// One compiled variant of a service, and the inputs it was compiled from.
 #[derive(Debug, Clone)]
@@ -75,7 +75,7 @@ struct Assignment {
 /// Earlier results whose equal resources a compilation reuses.
 #[derive(Clone, Copy)]
 pub(crate) struct Reuse<'a> {
-    /// The previous result for the service in the same view.
+    /// The previous result for the service in the same class.
     pub(crate) earlier: Option<&'a CompiledVariant>,
     /// Another variant of the service, with which equal resources are shared.
     pub(crate) sibling: Option<&'a CompiledVariant>,

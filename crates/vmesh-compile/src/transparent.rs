@@ -6,7 +6,7 @@
 //! program -> 10.0.1.11:8080   -> rules of the host -> virtual_outbound -> outbound|10.0.1.11:8080   -> routes of the service
 //! ```
 //!
-//! Each listener is a resource of its own, identical for all nodes of a view. A change to one service, or an
+//! Each listener is a resource of its own, identical for all nodes of a class. A change to one service, or an
 //! endpoint added or removed, therefore never closes connections of another. A connection to the real address
 //! of an endpoint is load-balanced over the whole service like any other: it need not reach the endpoint that
 //! the program addressed.
@@ -23,10 +23,10 @@ use vmesh_model::{Endpoint, Health, Place, Problem, ServiceName};
 use vmesh_proto::agent::{Destination, destination};
 use vmesh_xds::{Kind, Resource};
 
+use crate::class::CapturedDestinations;
 use crate::listener::{capture_listener, forward_to_service};
 use crate::owners::{AddressOwners, can_be_captured};
 use crate::service::{Shape, reuse_equal};
-use crate::view::CapturedDestinations;
 
 /// The SSH port. No host captures it, so that an administrator is never locked out; see `vmesh_capture`.
 const SSH: u16 = 22;

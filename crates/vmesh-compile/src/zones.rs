@@ -7,7 +7,7 @@ use vmesh_catalog::World;
 use vmesh_model::ServiceName;
 
 /// The number of endpoints in each locality zone. A node reports its own zone, so the compiler ignores zones
-/// without endpoints: otherwise every made-up zone would add a view.
+/// without endpoints: otherwise every made-up zone would add a class.
 #[derive(Debug, Default)]
 pub(crate) struct Zones(BTreeMap<Arc<str>, usize>);
 

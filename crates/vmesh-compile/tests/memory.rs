@@ -105,7 +105,7 @@ fn seen(name: &ServiceName, http: bool, versions: &[u8]) -> SourceService {
     SourceService { registration: Arc::new(registration), state: State::Fresh, because: None }
 }
 
-/// Reports of nodes with different views and scopes.
+/// Reports of nodes of different classes and with different scopes.
 fn reports() -> [NodeReport; 6] {
     let captures = |outbound: Option<OutboundCapture>, upstreams: Upstreams| NodeReport {
         capture: NodeCapture {
@@ -189,14 +189,14 @@ impl HubModel {
     fn apply(&mut self, update: Update) {
         self.stores.extend(update.stores);
         self.nodes.extend(
-            update.nodes.into_iter().map(|(id, config)| (id, (config.view.clone(), config.scope.clone()))),
+            update.nodes.into_iter().map(|(id, config)| (id, (config.class.clone(), config.scope.clone()))),
         );
-        update.removed_views.iter().for_each(|view| _ = self.stores.remove(view));
+        update.removed_classes.iter().for_each(|class| _ = self.stores.remove(class));
     }
 
     fn snapshot(&self, id: NodeId) -> Option<Snapshot> {
-        let (view, scope) = self.nodes.get(&id)?;
-        Some(Snapshot { store: self.stores.get(view)?.clone(), scope: scope.clone() })
+        let (class, scope) = self.nodes.get(&id)?;
+        Some(Snapshot { store: self.stores.get(class)?.clone(), scope: scope.clone() })
     }
 }
 
@@ -208,9 +208,9 @@ fn world(catalog: &Catalog) -> Change {
     Change { world: Some(catalog.world().clone()), ..Change::default() }
 }
 
-/// A node reports its own locality zone, so made-up zones must not add views.
+/// A node reports its own locality zone, so made-up zones must not add classes.
 #[test]
-fn a_zone_that_no_endpoint_is_in_costs_no_view_and_one_that_gets_an_endpoint_has_one() {
+fn a_zone_that_no_endpoint_is_in_costs_no_class_and_one_that_gets_an_endpoint_has_one() {
     let mut catalog = Catalog::new(1);
     let document = DOCUMENTS.iter().flatten().find(|document| document.contains("prefer_local")).unwrap();
     let mut library = Library::default();
@@ -230,16 +230,16 @@ fn a_zone_that_no_endpoint_is_in_costs_no_view_and_one_that_gets_an_endpoint_has
     let zones = zones.chain((0..100).map(|i| format!("invented-{i}")));
     let joined = zones.enumerate().map(|(id, zone)| (id as NodeId, Arc::new(of(&zone))));
     compiler.apply(Change { joined: joined.collect(), ..Change::default() });
-    let view = |compiler: &Compiler, id| compiler.configuration().node(id).unwrap().view.clone();
-    assert_eq!(compiler.counts().views, 2, "zone `a`, and all other zones");
-    assert_eq!(view(&compiler, 1), view(&compiler, 2));
-    let in_a = view(&compiler, 0);
+    let class = |compiler: &Compiler, id| compiler.configuration().node(id).unwrap().class.clone();
+    assert_eq!(compiler.counts().classes, 2, "zone `a`, and all other zones");
+    assert_eq!(class(&compiler, 1), class(&compiler, 2));
+    let in_a = class(&compiler, 0);
     // A second endpoint, in zone `b`.
     catalog.on_view(0, service(&[1, 1]));
     let update = compiler.apply(world(&catalog));
-    assert_eq!((compiler.counts().views, update.nodes.len()), (3, 1));
-    assert_ne!(view(&compiler, 1), view(&compiler, 2));
-    assert_eq!(view(&compiler, 0), in_a);
+    assert_eq!((compiler.counts().classes, update.nodes.len()), (3, 1));
+    assert_ne!(class(&compiler, 1), class(&compiler, 2));
+    assert_eq!(class(&compiler, 0), in_a);
     catalog.on_view(0, service(&[1, 2]));
     assert_eq!(compiler.apply(world(&catalog)).nodes.len(), 0, "no zone more or less");
 }
@@ -266,7 +266,7 @@ fn a_service_is_compiled_once_for_all_nodes_that_see_it_alike_and_not_at_all_for
     };
     catalog.on_view(0, view(&[1, 1]));
     let mut compiler = Compiler::new(catalog.world().clone());
-    let count = |compiler: &Compiler| (compiler.counts().views, compiler.counts().variants);
+    let count = |compiler: &Compiler| (compiler.counts().classes, compiler.counts().variants);
     assert_eq!(count(&compiler), (0, 0));
     let of = |name: &str, zone: Option<&str>, upstreams: &[&str]| NodeReport {
         name: name.parse().unwrap(),
@@ -287,7 +287,7 @@ fn a_service_is_compiled_once_for_all_nodes_that_see_it_alike_and_not_at_all_for
     assert_eq!(count(&compiler), (3, 4));
     catalog.on_view(0, view(&[1]));
     let update = compiler.apply(world(&catalog));
-    assert_eq!(update.stores.len(), 2, "those of the views in which `s1` is called");
+    assert_eq!(update.stores.len(), 2, "those of the classes in which `s1` is called");
     // Two variants share each resource that is equal in both, also after a change.
     let changed = ["s0", "s1", "s2"].map(|name| {
         let name: ServiceName = name.parse().unwrap();
@@ -361,7 +361,7 @@ proptest! {
             }
             prop_assert_eq!(problems(&compiler), problems(&fresh));
             prop_assert_eq!(compiler.counts(), fresh.counts(), "nothing is kept that nobody sees");
-            prop_assert_eq!(published.stores.len(), fresh.counts().views);
+            prop_assert_eq!(published.stores.len(), fresh.counts().classes);
         }
         let left = connected.into_keys().collect();
         published.apply(compiler.apply(Change { left, ..Change::default() }));

@@ -27,7 +27,7 @@ pub(crate) struct Compilation {
     /// True from the first complete world on, even if sources fail later. Clients are served only then.
     pub(crate) is_ready: bool,
     pub(crate) configuration: Configuration,
-    /// For each view, the generation of the last published store, and the time of its publication.
+    /// For each class of nodes, the generation of the last published store, and the time of its publication.
     pub(crate) published_at: RedBlackTreeMapSync<Arc<str>, (u64, Instant)>,
     /// The time when the compiler last began with a world that changed any node's resources.
     pub(crate) changed_at: SystemTime,
@@ -148,24 +148,24 @@ fn publish(
     mut next: Compilation,
     compiled: &watch::Sender<Arc<Compilation>>,
 ) {
-    let Update { stores, nodes, removed_views } = update;
+    let Update { stores, nodes, removed_classes } = update;
     let now = Instant::now();
     let mut publication = Publication::new();
-    for (view, store) in stores {
-        next.published_at.insert_mut(view.clone(), (store.generation(), now));
-        publication = publication.store(view, store);
+    for (class, store) in stores {
+        next.published_at.insert_mut(class.clone(), (store.generation(), now));
+        publication = publication.store(class, store);
     }
     for (id, config) in nodes {
         if let Some(feed) = feeds.get(&id) {
-            publication = publication.scope(feed, config.view.clone(), config.scope.clone());
+            publication = publication.scope(feed, config.class.clone(), config.scope.clone());
         }
     }
-    removed_views.iter().for_each(|view| _ = next.published_at.remove_mut(view));
+    removed_classes.iter().for_each(|class| _ = next.published_at.remove_mut(class));
     // The compilation is published before the stores, because the first ACK looks up the time of publication
     // in it.
     compiled.send_replace(Arc::new(next));
     hub.publish_all(publication);
-    removed_views.iter().for_each(|view| hub.forget(view));
+    removed_classes.iter().for_each(|class| hub.forget(class));
 }
 
 #[cfg(test)]

@@ -159,29 +159,29 @@ impl Control {
         let configuration = &compiled.configuration;
         let now = connections.first().and_then(|(id, _, _)| {
             let config = configuration.node(*id)?;
-            Some((config.clone(), configuration.view(&config.view)?.clone()))
+            Some((config.clone(), configuration.class(&config.class)?.clone()))
         });
         let alone = || {
             let configuration = compile_alone(world, &report);
             let config = configuration.node(ALONE)?.clone();
-            let view = configuration.view(&config.view)?.clone();
-            Some((config, view))
+            let class = configuration.class(&config.class)?.clone();
+            Some((config, class))
         };
-        let Some((config, mut view)) = now.or_else(alone) else {
+        let Some((config, mut class)) = now.or_else(alone) else {
             return Err(format!("node `{from}` could not be compiled"));
         };
-        if !view.services.contains_key(service)
+        if !class.services.contains_key(service)
             && let Upstreams::Declared(declared) = &report.upstreams
         {
-            // No node of this view calls the service, so it is compiled for this answer only.
+            // No node of this class calls the service, so it is compiled for this answer only.
             let asked = Upstream { service: service.clone(), listen: None };
             let upstreams = Upstreams::Declared(declared.iter().cloned().chain([asked]).collect());
             let configuration = compile_alone(world, &NodeReport { upstreams, ..(*report).clone() });
-            let of_caller = configuration.node(ALONE).and_then(|config| configuration.view(&config.view));
-            view = of_caller.cloned().unwrap_or(view);
+            let of_caller = configuration.node(ALONE).and_then(|config| configuration.class(&config.class));
+            class = of_caller.cloned().unwrap_or(class);
         }
         let states: Vec<_> = connections.into_iter().map(|(_, _, state)| state).collect();
-        explain::explain(world, &view, &config, &report, service, node_status(&states))
+        explain::explain(world, &class, &config, &report, service, node_status(&states))
     }
 
     /// Returns the resources that the node `name` receives; a node that is not connected is compiled for this
@@ -216,9 +216,9 @@ impl Control {
         self.written.borrow().clone()
     }
 
-    /// Returns the number of compiled views.
-    pub(crate) fn views(&self) -> usize {
-        self.compiled().configuration.views()
+    /// Returns the number of compiled classes.
+    pub(crate) fn classes(&self) -> usize {
+        self.compiled().configuration.classes()
     }
 
     /// Returns the Unix time when the compiler last began with a change of the configuration.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use vmesh_api::{Cluster, Explanation, Hop, ListedProblem, NodeState, ServiceEndpoint, Setting};
 use vmesh_catalog::World;
 use vmesh_compile::effective::EffectiveSettings;
-use vmesh_compile::{CompiledView, NodeConfig, View};
+use vmesh_compile::{CompiledClass, NodeClass, NodeConfig};
 use vmesh_model::document::{self, Match, OnLoss, PathMatch, PlacedDocument, Retry, Rule, TextMatch};
 use vmesh_model::node::{Client, Upstreams};
 use vmesh_model::text::show_duration;
@@ -18,7 +18,7 @@ use vmesh_model::{Endpoint, Health, NodeReport, ServiceName, Settings};
 /// The properties of a node that decide how it calls services.
 struct Caller<'a> {
     documents: Vec<Arc<PlacedDocument<document::NodeDocument>>>,
-    view: &'a View,
+    class: &'a NodeClass,
 }
 
 /// The xDS state of a node.
@@ -42,19 +42,19 @@ impl Default for NodeStatus {
 /// not exist.
 pub(crate) fn explain(
     world: &World,
-    view: &CompiledView,
+    class: &CompiledClass,
     config: &NodeConfig,
     report: &NodeReport,
     service: &ServiceName,
     node: NodeStatus,
 ) -> Result<Explanation, String> {
-    let Some(compiled) = view.services.get(service) else {
+    let Some(compiled) = class.services.get(service) else {
         return Err(format!(
             "there is no service `{service}`: no discovery source and no document knows it; `vmeshctl services` lists \
              those that there are"
         ));
     };
-    let caller = Caller { documents: world.documents.nodes_for(report), view: &view.view };
+    let caller = Caller { documents: world.documents.nodes_for(report), class: &class.class };
     let shape = &compiled.shape;
     let declared = config.scope.contains(service.as_str());
     let mut listeners =
@@ -222,7 +222,7 @@ fn describe_clusters(world: &World, service: &ServiceName, caller: &Caller<'_>) 
     let settings = world.documents.settings(service, &caller.documents);
     let balancing = EffectiveSettings::of(&settings, world.protocol(service)).load_balancing;
     let cluster = |name: String, endpoints: &[&Endpoint]| {
-        let priorities = vmesh_compile::priorities(endpoints, &balancing, caller.view.zone.as_deref());
+        let priorities = vmesh_compile::priorities(endpoints, &balancing, caller.class.zone.as_deref());
         // Priorities are shown only if they differ.
         let several = priorities.iter().any(|priority| *priority > 0);
         let endpoints = endpoints.iter().zip(priorities).map(|(endpoint, priority)| ServiceEndpoint {
@@ -263,7 +263,7 @@ fn describe_settings(
             ),
         ),
     ];
-    if caller.view.captured.is_some() {
+    if caller.class.captured.is_some() {
         let percent =
             capture.percent.map_or_else(|| "as the host says".to_owned(), |share| format!("{share} %"));
         values.push(("capture.percent", percent));

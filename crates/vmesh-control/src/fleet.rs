@@ -58,7 +58,7 @@ pub(crate) struct JoinedNode {
     pub(crate) feed: FeedControl,
 }
 
-/// The view key of a feed until its node is compiled. No real view has this key.
+/// The class key of a feed until its node is compiled. No real class has this key.
 const NOT_COMPILED: &str = "";
 
 /// One xDS stream.
@@ -354,8 +354,8 @@ impl Observer for ConnectionObserver {
     fn on_status(&mut self, status: &SessionStatus) {
         let published = {
             let compiled = self.fleet.compiled.borrow();
-            let view = compiled.configuration.node(self.id).map(|config| &config.view);
-            view.and_then(|view| compiled.published_at.get(view)).copied()
+            let class = compiled.configuration.node(self.id).map(|config| &config.class);
+            class.and_then(|class| compiled.published_at.get(class)).copied()
         };
         let mut inner = self.fleet.lock();
         let Some(connection) = inner.connections.get_mut(&self.id) else { return };

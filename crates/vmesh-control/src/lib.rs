@@ -6,7 +6,7 @@
 //! | `discovery <source>` | the source, an operator's command | `watch<View>` |
 //! | `documents` | the directory or registry, a timer | `watch<DocumentsView>` |
 //! | `worlds` | any view, the documents, a node's report, an eviction | `watch<PublishedWorld>` |
-//! | `compiler` | `watch<PublishedWorld>`, nodes that connect and disconnect | a store per view of nodes, to the hub, and `watch<Compilation>` |
+//! | `compiler` | `watch<PublishedWorld>`, nodes that connect and disconnect | a store per class of nodes, to the hub, and `watch<Compilation>` |
 //! | `state` | `watch<PublishedWorld>`, debounced | the last good state on disk |
 //! | `xds` | connections | xDS responses; drains its clients at the end |
 //! | `api`, `api socket` | connections | HTTP responses, each listener on a thread of its own |

@@ -103,11 +103,7 @@ fn encode_state(encoder: &mut DescriptorEncoder<'_>, control: &Control) -> fmt::
         ("vmesh_documents", "Mesh documents in force", world.documents.len()),
         ("vmesh_problems", "Problems that `vmeshctl problems` lists", control.problems().len()),
         ("vmesh_shared_node_names", "Node names that two hosts share", control.shared_names()),
-        (
-            "vmesh_classes",
-            "Distinct views of connected nodes for which services are compiled",
-            control.views(),
-        ),
+        ("vmesh_classes", "Classes of connected nodes for which services are compiled", control.classes()),
         (
             "vmesh_state_unwritten",
             "1 while a part of the last good state cannot be written",

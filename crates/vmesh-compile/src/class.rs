@@ -1,5 +1,5 @@
-//! Views and variants. Nodes whose services are compiled with the same settings share a [`View`]. A service
-//! that compiles to the same resources in several views is compiled once, as one variant.
+//! Classes and variants. Nodes whose services are compiled with the same settings share a [`NodeClass`]. A service
+//! that compiles to the same resources in several classes is compiled once, as one variant.
 
 use std::fmt::Write;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use vmesh_model::{NodeReport, ServiceName, Settings};
 
 /// The properties of a node that decide how services are compiled for it.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct View {
+pub struct NodeClass {
     pub client: Client,
     /// The `Node` documents that set anything for the services that the node calls; later ones override
     /// earlier ones.
@@ -35,7 +35,7 @@ pub enum CapturedDestinations {
 
 impl CapturedDestinations {
     /// Returns what the node of `report` captures. Connections to addresses of no service are not part of a
-    /// view: the node's own listeners handle them.
+    /// class: the node's own listeners handle them.
     fn by(report: &NodeReport) -> Option<CapturedDestinations> {
         // A gRPC client has no listener that could receive a captured connection.
         if report.client != Client::Envoy {
@@ -55,15 +55,15 @@ impl CapturedDestinations {
     }
 }
 
-impl View {
-    /// Returns the view of `report`'s node. `nodes` are the documents that select the node; `zone` is its
+impl NodeClass {
+    /// Returns the class of `report`'s node. `nodes` are the documents that select the node; `zone` is its
     /// locality zone, or `None` if zones do not matter.
     pub(crate) fn of(
         report: &NodeReport,
         nodes: &[Arc<PlacedDocument<NodeDocument>>],
         zone: Option<Arc<str>>,
-    ) -> View {
-        View {
+    ) -> NodeClass {
+        NodeClass {
             client: report.client,
             nodes: nodes.iter().filter(|node| overrides_settings(node)).cloned().collect(),
             zone,
@@ -72,7 +72,7 @@ impl View {
         }
     }
 
-    /// Returns a key that is equal for views in which every service compiles to the same resources. Names and
+    /// Returns a key that is equal for classes in which every service compiles to the same resources. Names and
     /// selectors of documents are not part of it.
     pub fn key(&self) -> Arc<str> {
         let mut key = key(self.client, self.captured, self.without_ipv6, self.zone.as_deref());
@@ -82,7 +82,7 @@ impl View {
         key.into()
     }
 
-    /// Returns the inputs with which `service` is compiled in this view.
+    /// Returns the inputs with which `service` is compiled in this class.
     pub(crate) fn variant(&self, world: &World, service: &ServiceName) -> Variant {
         let settings = world.documents.settings(service, &self.nodes);
         let zone = self.zone.as_ref().filter(|zone| {
