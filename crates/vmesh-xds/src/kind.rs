@@ -11,6 +11,8 @@ pub enum Kind {
     Cluster,
     /// EDS, a `ClusterLoadAssignment`, which has the name of its cluster.
     Endpoint,
+    /// ECDS, a `TypedExtensionConfig`: a filter of a listener, delivered apart from it.
+    ExtensionConfig,
     /// LDS.
     Listener,
     /// RDS, a `RouteConfiguration`.
@@ -24,16 +26,24 @@ pub enum Kind {
     Local,
 }
 
-const KINDS: usize = 6;
+const KINDS: usize = 7;
 
 impl Kind {
-    pub const ALL: [Kind; KINDS] =
-        [Kind::Cluster, Kind::Endpoint, Kind::Listener, Kind::Route, Kind::Secret, Kind::Local];
+    pub const ALL: [Kind; KINDS] = [
+        Kind::Cluster,
+        Kind::Endpoint,
+        Kind::ExtensionConfig,
+        Kind::Listener,
+        Kind::Route,
+        Kind::Secret,
+        Kind::Local,
+    ];
 
     pub const fn type_url(self) -> &'static str {
         match self {
             Kind::Cluster => "type.googleapis.com/envoy.config.cluster.v3.Cluster",
             Kind::Endpoint => "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
+            Kind::ExtensionConfig => "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig",
             Kind::Listener => "type.googleapis.com/envoy.config.listener.v3.Listener",
             Kind::Route => "type.googleapis.com/envoy.config.route.v3.RouteConfiguration",
             Kind::Secret => "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret",
@@ -58,6 +68,7 @@ impl fmt::Display for Kind {
         f.write_str(match self {
             Kind::Cluster => "cluster",
             Kind::Endpoint => "endpoints",
+            Kind::ExtensionConfig => "filter",
             Kind::Listener => "listener",
             Kind::Route => "route",
             Kind::Secret => "secret",
@@ -105,7 +116,7 @@ impl<T> IndexMut<Kind> for PerKind<T> {
 mod tests {
     use super::*;
     use prost::Name;
-    use vmesh_proto::envoy::config::{cluster, endpoint, listener, route};
+    use vmesh_proto::envoy::config::{cluster, core, endpoint, listener, route};
     use vmesh_proto::envoy::extensions::transport_sockets::tls;
 
     #[test]
@@ -113,13 +124,14 @@ mod tests {
         let messages = [
             cluster::v3::Cluster::type_url(),
             endpoint::v3::ClusterLoadAssignment::type_url(),
+            core::v3::TypedExtensionConfig::type_url(),
             listener::v3::Listener::type_url(),
             route::v3::RouteConfiguration::type_url(),
             tls::v3::Secret::type_url(),
             vmesh_proto::agent::Destination::type_url(),
         ];
         assert_eq!(Kind::ALL.map(Kind::type_url).to_vec(), messages);
-        assert_eq!(Kind::from_type_url(&messages[3]), Some(Kind::Route));
+        assert_eq!(Kind::from_type_url(&messages[4]), Some(Kind::Route));
         assert_eq!(Kind::from_type_url("type.googleapis.com/envoy.config.Banana"), None);
     }
 

@@ -219,10 +219,10 @@ impl Relay {
         }
     }
 
-    /// Unsubscribes from endpoints and routes that only an earlier Envoy asked for. An Envoy that has its
+    /// Unsubscribes from endpoints, filters and routes that only an earlier Envoy asked for. An Envoy that has its
     /// listeners has subscribed to everything that they need.
     fn prune(&mut self) {
-        for kind in [Kind::Endpoint, Kind::Route] {
+        for kind in [Kind::Endpoint, Kind::ExtensionConfig, Kind::Route] {
             let wanted = |name: &Arc<str>| self.clients.values().any(|client| client[kind].contains(name));
             let left: Vec<_> =
                 self.upstream.subscriptions(kind).filter(|name| !wanted(name)).cloned().collect();

@@ -397,6 +397,31 @@ fn what_only_an_earlier_envoy_asked_for_is_left_when_the_next_one_has_its_listen
 }
 
 #[test]
+fn a_filter_is_subscribed_to_when_envoy_asks_for_it_and_is_part_of_what_it_accepted() {
+    let world = "cluster a=1 filter f=1 g=1 listener l=1";
+    let mut chain = Chain::new(world);
+    chain.control_starts();
+    chain.envoy_starts();
+    assert!(!chain.envoy_got().contains("filter"));
+    chain.subscribe(ExtensionConfig, &["f"]);
+    assert_eq!(chain.envoy_got(), "filter f=1");
+    chain.control_has("cluster a=1 filter f=2 g=2 listener l=1");
+    assert_eq!(chain.envoy_got(), "filter f=2");
+    assert!(chain.accepted().contains("f=2") && !chain.accepted().contains("g="), "{}", chain.accepted());
+    assert_eq!(*chain.control_state(), State::Synced);
+
+    let mut chain = chain.restart(world);
+    chain.envoy_starts();
+    chain.subscribe(ExtensionConfig, &["f"]);
+    assert!(chain.envoy_got().contains("filter f=2"), "from the disk");
+    chain.envoy_dies();
+    chain.control_starts();
+    // The next Envoy has a listener without the filter.
+    chain.envoy_starts();
+    assert!(!chain.accepted().contains("f="), "{}", chain.accepted());
+}
+
+#[test]
 fn an_envoy_need_not_wait_for_ever() {
     let mut chain = Chain::new(WORLD);
     chain.envoy_starts();

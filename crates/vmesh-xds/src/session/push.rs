@@ -190,7 +190,7 @@ impl Session {
         let by: &[Kind] = match kind {
             Kind::Cluster => &[Kind::Listener, Kind::Route],
             Kind::Endpoint => &[Kind::Cluster],
-            Kind::Route => &[Kind::Listener],
+            Kind::Route | Kind::ExtensionConfig => &[Kind::Listener],
             Kind::Listener | Kind::Secret | Kind::Local => &[],
         };
         by.iter()

@@ -142,7 +142,7 @@ impl AbsenceSignal {
             (Protocol::Delta, _) => AbsenceSignal::RemovedList,
             (Protocol::Sotw, Kind::Cluster | Kind::Listener | Kind::Local) => AbsenceSignal::OmittedFromSet,
             (Protocol::Sotw, Kind::Endpoint) => AbsenceSignal::EmptyAssignment,
-            (Protocol::Sotw, Kind::Route) => AbsenceSignal::Silence,
+            (Protocol::Sotw, Kind::Route | Kind::ExtensionConfig) => AbsenceSignal::Silence,
         }
     }
 }

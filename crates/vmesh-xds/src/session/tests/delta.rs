@@ -219,8 +219,9 @@ fn r20_a_client_that_asks_for_more_need_not_ack_first() {
 
 #[test]
 fn r21_only_clusters_and_listeners_come_without_a_name() {
-    let mut envoy = Envoy::connected_to("cluster a=1 endpoints a=1 listener l=1 route r=1 secret s=1");
-    for kind in [Endpoint, Route, Secret] {
+    let mut envoy =
+        Envoy::connected_to("cluster a=1 endpoints a=1 filter f=1 listener l=1 route r=1 secret s=1");
+    for kind in [Endpoint, ExtensionConfig, Route, Secret] {
         envoy.subscribe(kind, &[]);
         envoy.subscribe(kind, &["*"]);
     }

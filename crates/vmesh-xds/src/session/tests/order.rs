@@ -77,6 +77,26 @@ fn r45_a_route_is_removed_after_the_listener_that_uses_it() {
 }
 
 #[test]
+fn r45_a_filter_is_sent_before_listeners_and_removed_after_the_listener_that_uses_it() {
+    let mut envoy = started("filter f=1 listener l=1", &[], &[]);
+    envoy.subscribe(ExtensionConfig, &["f"]);
+    envoy.expect_acked("filter f=1");
+    envoy.server_has("filter f=2 listener l=2");
+    envoy.expect_acked("filter f=2");
+    envoy.expect_acked("listener l=2");
+    // A filter refers to no cluster, so a change of access does not wait for clusters that become warm.
+    envoy.server_has("cluster a=1 filter f=3 listener l=2");
+    envoy.expect("cluster a=1");
+    envoy.expect_acked("filter f=3");
+    envoy.ack(Cluster);
+    envoy.server_has("cluster a=1 listener l=3");
+    envoy.expect("listener l=3");
+    envoy.expect_silence();
+    envoy.ack(Listener);
+    envoy.expect("filter -f");
+}
+
+#[test]
 fn r46_endpoints_follow_their_cluster_even_if_they_are_the_same() {
     let mut envoy = started("cluster a=1 b=1 endpoints a=1 b=1", &[], &["a", "b"]);
     envoy.server_has("cluster a=2 b=1 endpoints a=1 b=1");

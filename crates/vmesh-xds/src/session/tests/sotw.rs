@@ -150,8 +150,8 @@ fn r21_r22_the_four_steps_from_all_to_nothing() {
 
 #[test]
 fn r21_an_empty_list_of_another_kind_is_no_subscription() {
-    let mut envoy = Envoy::sotw_connected_to("endpoints a=1 route r=1 secret s=1");
-    for kind in [Endpoint, Route, Secret] {
+    let mut envoy = Envoy::sotw_connected_to("endpoints a=1 filter f=1 route r=1 secret s=1");
+    for kind in [Endpoint, ExtensionConfig, Route, Secret] {
         envoy.names(kind, &[]);
     }
     envoy.expect_silence_for(3600);
