@@ -18,7 +18,11 @@
 //! | `POST /api/v1/discovery/evict`, `admit` | evicts the endpoint in [`EndpointRequest`], or admits it again; [`ActionResult`] |
 //! | `POST /api/v1/discovery/freeze`, `thaw` | freezes the sources in [`SourceSelector`], or thaws them; [`ActionResult`] |
 //!
+//! The requests about identities are in [`identity`].
+//!
 //! An error is a [`Failure`] with a status of 4xx or 5xx.
+
+pub mod identity;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};

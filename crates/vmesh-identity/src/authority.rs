@@ -3,16 +3,17 @@
 use std::time::{Duration, SystemTime};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
-    ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose, SanType, SerialNumber,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, CustomExtension, DistinguishedName,
+    DnType, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose, SanType, SerialNumber,
 };
 use rustls_pki_types::CertificateDer;
 use time::OffsetDateTime;
 
 use crate::bundle::{BadBundle, TrustBundle};
 use crate::certificate::{BadCertificate, Certificate, CertificateChain};
+use crate::grant::{BadGrant, GRANT_OID, Subject, node_dns_name};
 use crate::key::{Key, KeyError};
-use crate::name::{SpiffeId, TrustDomain};
+use crate::name::TrustDomain;
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// The most bytes of a certificate request in PEM; a request with a P-256 key has about 400.
@@ -64,6 +65,8 @@ pub enum AuthorityError {
     Expired,
     #[error("could not sign a certificate")]
     Sign(#[source] rcgen::Error),
+    #[error("could not write the node's rights into its certificate")]
+    Grant(#[source] BadGrant),
     #[error("could not get random bytes from the operating system")]
     Random,
 }
@@ -174,18 +177,19 @@ impl Issuer {
         TrustBundle::new(self.trust_domain.clone(), root).map_err(AuthorityError::Bundle)
     }
 
-    /// Issues a certificate for the key that signed `request` (a CSR in PEM), with the identity `id`. Names, key usages and validity that
-    /// the request asks for are ignored. The certificate does not outlive the intermediate.
+    /// Issues a certificate for the key that signed `request` (a CSR in PEM), with the names of `subject`. Names, key usages and validity
+    /// that the request asks for are ignored. The certificate does not outlive the intermediate.
     pub fn issue(
         &self,
         request: &str,
-        id: &SpiffeId,
+        subject: &Subject,
         now: SystemTime,
         lifetimes: &Lifetimes,
     ) -> Result<CertificateChain, AuthorityError> {
         if request.len() > MAX_REQUEST {
             return Err(AuthorityError::LargeRequest);
         }
+        let id = &subject.id;
         if id.trust_domain != self.trust_domain {
             let (found, expected) = (id.trust_domain.to_string(), self.trust_domain.clone());
             return Err(AuthorityError::TrustDomain { found, expected });
@@ -201,6 +205,15 @@ impl Issuer {
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        if let Some(node) = &subject.node {
+            let name = node_dns_name(node, &self.trust_domain);
+            let name = name.try_into().map_err(AuthorityError::Sign)?;
+            params.subject_alt_names.push(SanType::DnsName(name));
+        }
+        if let Some(grant) = &subject.grant {
+            let bytes = grant.encode().map_err(AuthorityError::Grant)?;
+            params.custom_extensions = vec![CustomExtension::from_oid_content(&GRANT_OID, bytes)];
+        }
         request.params = params;
         let intermediate = self.chain.certificates().first().ok_or(AuthorityError::NotAnAuthority)?;
         let signer = rcgen::Issuer::from_ca_cert_der(intermediate, self.key.pair());

@@ -8,9 +8,11 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, SignatureVerificationAlgorithm, UnixTime};
 use webpki::{EndEntityCert, KeyUsage};
 use x509_parser::extensions::GeneralName;
+use x509_parser::oid_registry::Oid;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::bundle::TrustBundle;
+use crate::grant::{BadGrant, GRANT_OID, NodeGrant};
 use crate::name::{InvalidId, SpiffeId};
 
 /// The most certificates of a chain: a leaf, two intermediates, and a root with its cross-signed copy.
@@ -38,6 +40,8 @@ pub enum BadCertificate {
     ManyIds,
     #[error("its URI is not an id of the mesh")]
     Id(#[source] InvalidId),
+    #[error("its rights cannot be read")]
+    Grant(#[source] BadGrant),
 }
 
 /// A certificate that was read, and is not verified.
@@ -49,8 +53,14 @@ pub struct Certificate {
     pub is_authority: bool,
     /// The SHA-256 of the subject's public key (`SubjectPublicKeyInfo`): what a pin names.
     pub key_hash: [u8; 32],
+    /// The rights of the node, if the certificate is a node's.
+    pub grant: Option<NodeGrant>,
+    /// The serial number, in hexadecimal digits.
+    pub serial: String,
     /// The URIs among the subject alternative names.
     uris: Vec<String>,
+    /// The DNS names among the subject alternative names.
+    pub dns_names: Vec<String>,
 }
 
 impl Certificate {
@@ -63,17 +73,29 @@ impl Certificate {
         }
         let time = |at: i64| UNIX_EPOCH + Duration::from_secs(u64::try_from(at).unwrap_or(0));
         let names = parsed.subject_alternative_name().map_err(|error| bad(&error))?;
+        let dns_names =
+            names.iter().flat_map(|names| &names.value.general_names).filter_map(|name| match name {
+                GeneralName::DNSName(name) => Some((*name).to_owned()),
+                _ => None,
+            });
+        let dns_names = dns_names.collect();
         let uris = names.iter().flat_map(|names| &names.value.general_names).filter_map(|name| match name {
             GeneralName::URI(uri) => Some((*uri).to_owned()),
             _ => None,
         });
+        let oid = Oid::from(&GRANT_OID).map_err(|_| bad(&"the identifier of its rights is not valid"))?;
+        let grant = parsed.get_extension_unique(&oid).map_err(|error| bad(&error))?;
+        let grant = grant.map(|extension| NodeGrant::decode(extension.value)).transpose();
         let hash = digest(&SHA256, parsed.tbs_certificate.subject_pki.raw);
         Ok(Certificate {
             not_before: time(parsed.validity().not_before.timestamp()),
             not_after: time(parsed.validity().not_after.timestamp()),
             is_authority: parsed.is_ca(),
             key_hash: hash.as_ref().try_into().unwrap_or_default(),
+            grant: grant.map_err(BadCertificate::Grant)?,
+            serial: parsed.raw_serial().iter().map(|byte| format!("{byte:02x}")).collect(),
             uris: uris.collect(),
+            dns_names,
             der: der.clone().into_owned(),
         })
     }
@@ -103,6 +125,17 @@ impl CertificateChain {
         let mut chain = vec![leaf];
         chain.extend_from_slice(issuers);
         CertificateChain(chain)
+    }
+
+    /// Makes a chain of the certificates that a peer showed, the leaf first.
+    pub fn from_der(certificates: &[CertificateDer<'_>]) -> Result<CertificateChain, BadCertificate> {
+        match certificates.len() {
+            0 => Err(BadCertificate::Empty),
+            1..=MAX_CHAIN => {
+                Ok(CertificateChain(certificates.iter().map(|der| der.clone().into_owned()).collect()))
+            }
+            _ => Err(BadCertificate::TooLong),
+        }
     }
 
     /// Reads a chain in PEM: the leaf first, at most [`MAX_CHAIN`] certificates.
@@ -153,6 +186,8 @@ pub enum RejectedChain {
     AuthorityAsLeaf,
     #[error("no root of the trust bundle signed it")]
     UnknownIssuer,
+    #[error("it is not the certificate of a control plane")]
+    NotAControlPlane,
     #[error("its trust domain `{0}` is not that of the mesh")]
     TrustDomain(String),
     #[error("the chain is not valid: {0}")]

@@ -12,6 +12,8 @@
 //! | [`authority`] | the root and the intermediate of a mesh; CSR to leaf |
 //! | [`certificate`] | certificates that a peer showed, and their verification |
 //! | [`bundle`] | the roots that a mesh trusts |
+//! | [`grant`] | what a node may run, as its certificate says |
+//! | [`tls`] | the TLS settings of both ends of a connection |
 //! | [`token`] | join tokens, and the ledger that redeems each once |
 //! | [`rotation`] | the order in which a root or an intermediate is replaced |
 //!
@@ -20,14 +22,17 @@
 pub mod authority;
 pub mod bundle;
 pub mod certificate;
+pub mod grant;
 pub mod key;
 pub mod name;
 pub mod rotation;
+pub mod tls;
 pub mod token;
 
 pub use authority::{Issuer, Lifetimes, Root};
 pub use bundle::TrustBundle;
 pub use certificate::{Certificate, CertificateChain, verify};
+pub use grant::{NodeGrant, Subject, node_dns_name};
 pub use key::Key;
 pub use name::{Identity, Role, SpiffeId, TrustDomain};
 pub use rotation::Rotation;

@@ -17,7 +17,7 @@ use aws_lc_rs::digest::{SHA256, digest};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Serialize};
-use vmesh_model::{Cidr, NodeName, ServiceName};
+use vmesh_model::{Cidr, Labels, NodeName, ServiceName};
 use zeroize::Zeroizing;
 
 const PREFIX: &str = "vmj1";
@@ -121,6 +121,9 @@ pub struct JoinGrant {
     pub node: NodeName,
     /// The services that the node may run.
     pub services: BTreeSet<ServiceName>,
+    /// Labels that the node has whatever it reports.
+    #[serde(default, skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
     /// The network that the node must connect from; any if it is `None`.
     pub network: Option<Cidr>,
 }

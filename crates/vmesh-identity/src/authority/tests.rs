@@ -22,13 +22,13 @@ fn issuer() -> Issuer {
     root().issue_intermediate("mesh1", now(), &Lifetimes::default()).unwrap()
 }
 
-fn web(of: &str) -> SpiffeId {
+fn web(of: &str) -> crate::name::SpiffeId {
     domain(of).id(Identity::Service("web".parse().unwrap()))
 }
 
 fn issue(issuer: &Issuer, lifetimes: &Lifetimes) -> CertificateChain {
     issuer
-        .issue(&Key::generate().unwrap().request().unwrap(), &web("mesh.example"), now(), lifetimes)
+        .issue(&Key::generate().unwrap().request().unwrap(), &web("mesh.example").into(), now(), lifetimes)
         .unwrap()
 }
 
@@ -62,7 +62,7 @@ fn what_a_request_asks_for_is_ignored() {
     wishes.distinguished_name.push(DnType::CommonName, "root");
     let request = wishes.serialize_request(key.pair()).unwrap().pem().unwrap();
     let issuer = issuer();
-    let chain = issuer.issue(&request, &web("mesh.example"), now(), &Lifetimes::default()).unwrap();
+    let chain = issuer.issue(&request, &web("mesh.example").into(), now(), &Lifetimes::default()).unwrap();
     let leaf = chain.leaf().unwrap();
     assert!(!leaf.is_authority);
     assert_eq!(leaf.id(), Ok(web("mesh.example")));
@@ -83,11 +83,12 @@ fn a_request_that_was_changed_or_is_none_is_refused() {
     let large = "x".repeat(MAX_REQUEST + 1);
     for request in ["", "not a request", &changed, &large, &root().key().to_pem()] {
         assert!(
-            issuer.issue(request, &web("mesh.example"), now(), &Lifetimes::default()).is_err(),
+            issuer.issue(request, &web("mesh.example").into(), now(), &Lifetimes::default()).is_err(),
             "{request}"
         );
     }
-    let foreign = issuer.issue(&good, &web("other.example"), now(), &Lifetimes::default()).unwrap_err();
+    let foreign =
+        issuer.issue(&good, &web("other.example").into(), now(), &Lifetimes::default()).unwrap_err();
     assert_eq!(
         foreign.to_string(),
         "the authority is for the trust domain `other.example`, and the mesh is `mesh.example`"
@@ -103,7 +104,7 @@ fn no_leaf_outlives_its_intermediate_and_no_intermediate_its_root() {
     let leaf = issue(&issuer, &Lifetimes::default()).leaf().unwrap();
     assert_eq!(leaf.not_after, now() + DAY);
     let request = Key::generate().unwrap().request().unwrap();
-    let late = issuer.issue(&request, &web("mesh.example"), now() + DAY, &lifetimes).unwrap_err();
+    let late = issuer.issue(&request, &web("mesh.example").into(), now() + DAY, &lifetimes).unwrap_err();
     assert!(matches!(late, AuthorityError::Expired), "{late}");
 }
 
@@ -126,7 +127,7 @@ fn chains_that_prove_nothing_are_rejected() {
     assert_eq!(reject(mine.chain(), now()), RejectedChain::AuthorityAsLeaf);
     // A leaf cannot sign another leaf.
     let key = Key::generate().unwrap();
-    let leaf = mine.issue(&key.request().unwrap(), &web("mesh.example"), now(), &lifetimes).unwrap();
+    let leaf = mine.issue(&key.request().unwrap(), &web("mesh.example").into(), now(), &lifetimes).unwrap();
     assert!(matches!(Issuer::new(key, &leaf), Err(AuthorityError::NotAnAuthority)));
     // Without the intermediate there is no path to the root.
     let alone = CertificateChain::new(chain.certificates()[0].clone(), &[]);

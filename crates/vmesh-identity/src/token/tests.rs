@@ -15,7 +15,12 @@ fn services(names: &[&str]) -> BTreeSet<ServiceName> {
 }
 
 fn grant() -> JoinGrant {
-    JoinGrant { node: node("web-17"), services: services(&["orders", "web"]), network: None }
+    JoinGrant {
+        node: node("web-17"),
+        services: services(&["orders", "web"]),
+        network: None,
+        labels: Default::default(),
+    }
 }
 
 const HOST: &str = "10.0.1.17";
