@@ -77,6 +77,12 @@ impl Catalog {
         self
     }
 
+    /// Sets the trust domain of the mesh.
+    pub fn with_trust_domain(mut self, trust_domain: impl Into<Arc<str>>) -> Catalog {
+        self.world = Arc::new(World { trust_domain: trust_domain.into(), ..(*self.world).clone() });
+        self
+    }
+
     /// Returns the current world.
     pub fn world(&self) -> &Arc<World> {
         &self.world
@@ -224,6 +230,7 @@ impl Catalog {
             services: self.services.clone(),
             documents: self.documents.clone(),
             nodes: self.nodes.clone(),
+            trust_domain: self.world.trust_domain.clone(),
             names: self.names.clone(),
             problems,
         });

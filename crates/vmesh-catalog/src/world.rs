@@ -24,6 +24,8 @@ pub struct World {
     pub nodes: RedBlackTreeMapSync<NodeName, Arc<NodeReport>>,
     /// The generation in which `nodes` last changed.
     pub nodes_generation: u64,
+    /// The trust domain of the mesh, with which every SPIFFE id begins.
+    pub trust_domain: Arc<str>,
     /// The owner of each DNS name, and the order in which names came into use.
     pub names: SharedNames,
     /// The problems of sources and documents. The compiler finds the problems between them.
@@ -118,6 +120,7 @@ impl World {
             documents: Arc::default(),
             nodes: RedBlackTreeMapSync::new_sync(),
             nodes_generation: 0,
+            trust_domain: Arc::default(),
             names: SharedNames::default(),
             problems: Arc::from([]),
         }

@@ -110,6 +110,8 @@ fn report() -> NodeReport {
         upstreams: Upstreams::All,
         capture: NodeCapture { outbound: Some(OutboundCapture::All), ..NodeCapture::default() },
         build: "".into(),
+        identity: None,
+        mtls_ready: false,
     }
 }
 

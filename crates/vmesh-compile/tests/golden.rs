@@ -180,6 +180,8 @@ fn read_node(text: &str) -> NodeReport {
         upstreams: Upstreams::Declared(Vec::new()),
         capture: NodeCapture::default(),
         build: "".into(),
+        identity: None,
+        mtls_ready: false,
     };
     for word in head {
         match word.split_once('=').unwrap() {
@@ -196,7 +198,7 @@ fn read_node(text: &str) -> NodeReport {
             ["calls", service, rest @ ..] => {
                 let Upstreams::Declared(declared) = &mut report.upstreams else { panic!("calls * and more") };
                 let listen = rest.first().map(|listen| listen.parse().unwrap());
-                declared.push(Upstream { service: service.parse().unwrap(), listen });
+                declared.push(Upstream { service: service.parse().unwrap(), listen, as_: None });
             }
             ["serves", service, application, rest @ ..] => {
                 let (host, port) = match application.parse::<SocketAddr>() {

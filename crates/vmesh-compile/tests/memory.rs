@@ -139,7 +139,7 @@ fn reports() -> [NodeReport; 6] {
 }
 
 fn upstream(name: &str, port: u16) -> Upstream {
-    Upstream { service: name.parse().unwrap(), listen: Some(([127, 0, 0, 1], port).into()) }
+    Upstream { service: name.parse().unwrap(), listen: Some(([127, 0, 0, 1], port).into()), as_: None }
 }
 
 fn workload(name: &str, port: u16) -> Workload {
@@ -162,6 +162,8 @@ fn report() -> NodeReport {
         ]),
         capture: NodeCapture::default(),
         build: "".into(),
+        identity: None,
+        mtls_ready: false,
     }
 }
 

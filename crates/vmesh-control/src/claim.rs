@@ -68,6 +68,7 @@ pub(crate) fn read(node: &Node) -> Result<NodeReport, InvalidClaim> {
     let labels: Option<Labels> = parse(take("labels")).map_err(|why| wrong("labels", why))?;
     let workloads: Option<Vec<Workload>> = parse(take("workloads")).map_err(|why| wrong("workloads", why))?;
     let capture: Option<NodeCapture> = parse(take("capture")).map_err(|why| wrong("capture", why))?;
+    let mtls_ready: Option<bool> = parse(take("mtls_ready")).map_err(|why| wrong("mtls_ready", why))?;
     let upstreams = upstreams(take("upstreams")).map_err(|why| wrong("upstreams", why))?;
     check_number(labels.as_ref().map_or(0, Labels::len), LABELS_MAX).map_err(|why| wrong("labels", why))?;
     for (name, value) in labels.iter().flatten() {
@@ -91,6 +92,9 @@ pub(crate) fn read(node: &Node) -> Result<NodeReport, InvalidClaim> {
         upstreams,
         capture: capture.unwrap_or_default(),
         build,
+        // The claim cannot say this: only a certificate does.
+        identity: None,
+        mtls_ready: mtls_ready.unwrap_or_default(),
     })
 }
 
@@ -114,7 +118,7 @@ fn upstreams(value: Option<Value>) -> Result<Upstreams, String> {
     }
     let one = |value: Value| match value {
         Value::String(name) => match name.parse::<ServiceName>() {
-            Ok(service) => Ok(Upstream { service, listen: None }),
+            Ok(service) => Ok(Upstream { service, listen: None, as_: None }),
             Err(invalid) => Err(invalid.to_string()),
         },
         other => serde_json::from_value(other).map_err(|error| error.to_string()),

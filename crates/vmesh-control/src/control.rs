@@ -174,7 +174,7 @@ impl Control {
             && let Upstreams::Declared(declared) = &report.upstreams
         {
             // No node of this class calls the service, so it is compiled for this answer only.
-            let asked = Upstream { service: service.clone(), listen: None };
+            let asked = Upstream { service: service.clone(), listen: None, as_: None };
             let upstreams = Upstreams::Declared(declared.iter().cloned().chain([asked]).collect());
             let configuration = compile_alone(world, &NodeReport { upstreams, ..(*report).clone() });
             let of_caller = configuration.node(ALONE).and_then(|config| configuration.class(&config.class));

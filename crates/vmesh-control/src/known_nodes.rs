@@ -243,6 +243,8 @@ mod tests {
             upstreams: Upstreams::All,
             capture: NodeCapture::default(),
             build: "".into(),
+            identity: None,
+            mtls_ready: false,
         }
     }
 

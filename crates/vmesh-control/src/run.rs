@@ -195,7 +195,9 @@ async fn run(config: Config) -> Result<(), RunError> {
     let overrides = Overrides::new(saved, disk.clone());
     let actions = OperatorActions::new(sources.clone(), overrides.clone(), &config.api_socket());
     let names: Vec<ServiceName> = load_part(&disk, persist::NAMES).unwrap_or_default();
-    let mut catalog = Catalog::new(config.discovery.len()).with_names(names);
+    let mut catalog = Catalog::new(config.discovery.len())
+        .with_names(names)
+        .with_trust_domain(config.trust_domain.as_str());
     let nodes = disk.load_nodes();
     let limits = config.limits.xds(config.listen.xds_plaintext, files);
     let known_nodes =

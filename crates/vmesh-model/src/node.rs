@@ -1,5 +1,6 @@
 //! The report of a node about itself.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -26,6 +27,24 @@ pub struct NodeReport {
     /// The software versions, for `vmeshctl nodes`: `vmesh-agent/0.1.0 envoy/1.40.0`.
     #[serde(default)]
     pub build: Arc<str>,
+    /// The rights in the node's certificate. `None`: the node connected without one, and is not enrolled.
+    /// Only admission sets this field; no report of a client does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<NodeIdentity>,
+    /// The node's Envoy listens on [`MTLS_PORT`] and has its certificates.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub mtls_ready: bool,
+}
+
+/// The rights that a node's certificate grants.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct NodeIdentity {
+    /// The services of which the node may run workloads.
+    #[serde(default)]
+    pub services: BTreeSet<ServiceName>,
+    /// The labels that rules of access may rely on. The labels of a report are the node's own claim.
+    #[serde(default)]
+    pub labels: Labels,
 }
 
 /// The kind of xDS client. Each kind supports a different subset of the resources.
@@ -71,6 +90,8 @@ pub struct NodeCapture {
 
 /// The port on loopback where Envoy receives captured outbound connections, which programs of the host open.
 pub const OUTBOUND_PORT: u16 = 15001;
+/// The port where the Envoy of an enrolled node receives mTLS connections from other Envoys.
+pub const MTLS_PORT: u16 = 15008;
 /// The port where Envoy receives captured inbound connections, which programs of the host accept.
 pub const INBOUND_PORT: u16 = 15006;
 
@@ -111,4 +132,7 @@ pub struct Upstream {
     pub service: ServiceName,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub listen: Option<SocketAddr>,
+    /// The workload of this node on whose behalf the calls are made. Its certificate is shown to the service.
+    #[serde(rename = "as", default, skip_serializing_if = "Option::is_none")]
+    pub as_: Option<ServiceName>,
 }

@@ -139,7 +139,9 @@ impl<'de> Deserialize<'de> for UpstreamEntry {
                 match text {
                     "*" => Ok(UpstreamEntry::All),
                     name => match name.parse() {
-                        Ok(service) => Ok(UpstreamEntry::Service(Upstream { service, listen: None })),
+                        Ok(service) => {
+                            Ok(UpstreamEntry::Service(Upstream { service, listen: None, as_: None }))
+                        }
                         Err(wrong) => Err(E::custom(wrong)),
                     },
                 }
@@ -148,7 +150,7 @@ impl<'de> Deserialize<'de> for UpstreamEntry {
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<UpstreamEntry, A::Error> {
                 let full = UpstreamFields::deserialize(MapAccessDeserializer::new(map))?;
                 let listen = full.listen.map(|socket| socket.0);
-                Ok(UpstreamEntry::Service(Upstream { service: full.service, listen }))
+                Ok(UpstreamEntry::Service(Upstream { service: full.service, listen, as_: None }))
             }
         }
 
