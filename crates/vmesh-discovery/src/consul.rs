@@ -147,7 +147,7 @@ impl<R: Resolve> ConsulSource<R> {
         let assembler = Assembler::new(name.clone(), resolver, config.resolve_interval, last_good);
         let known = last_good.into_iter().flat_map(|last_good| &last_good.services);
         ConsulSource {
-            rules: Arc::new(InstanceRules::of(&config)),
+            rules: Arc::new(config.instance_rules()),
             pace: config.pace(),
             client: Client::new(&config.client()),
             counters,

@@ -16,6 +16,7 @@
 //! disappeared, or is empty and was not before, is treated as an accident; a file that states `[]` makes the
 //! emptiness explicit.
 
+mod config;
 mod disk;
 pub mod privacy;
 mod watch;
@@ -30,9 +31,9 @@ use tokio::time::Instant;
 use vmesh_model::ServiceName;
 
 use crate::assemble::{Assembler, FIRST_NAMES, Statement};
-pub use crate::config::FileConfig;
 use crate::resolve::{Resolve, SystemResolver};
 use crate::source::{Counters, Registrations, Source, SourceError};
+pub use config::FileConfig;
 use disk::{Disk, Scan};
 use watch::Hints;
 

@@ -36,9 +36,8 @@ use vmesh_model::text::show_duration;
 use vmesh_model::{Place, Problem, Registration, ServiceName, State, join};
 
 use crate::format::subject_of;
-use crate::source::{Extent, Registrations, ServiceView};
+use crate::registrations::{Extent, Registrations, ServiceView};
 
-pub(crate) use config::duration;
 pub use config::{FleetConfig, GuardConfig};
 pub use evict::{Eviction, EvictionExpiry, Evictions};
 use fleet::{FleetTracker, Loss};

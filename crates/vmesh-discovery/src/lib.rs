@@ -3,6 +3,7 @@
 //! | module | content |
 //! |---|---|
 //! | [`source`] | trait [`Source`], which gives complete views and never deltas; [`follow`], which keeps the last good view |
+//! | [`registrations`] | [`Registrations`]: the complete view of a source |
 //! | [`guard`] | [`Guard`], which decides when to believe that services or endpoints are gone; evictions |
 //! | [`config`] | [`SourceConfig`]: the `discovery:` part of `control.yaml` |
 //! | [`file`](mod@file) | [`FileSource`]: a directory of files |
@@ -21,11 +22,14 @@
 
 pub mod assemble;
 pub mod config;
+mod config_values;
 pub mod consul;
 pub mod file;
 pub mod format;
 pub mod guard;
+pub mod pattern;
 pub mod plugin;
+pub mod registrations;
 pub mod resolve;
 pub mod source;
 pub mod zookeeper;
@@ -33,9 +37,9 @@ pub mod zookeeper;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-pub use config::{FileConfig, SourceConfig};
+pub use config::SourceConfig;
 pub use consul::{ConsulConfig, ConsulSource};
-pub use file::FileSource;
+pub use file::{FileConfig, FileSource};
 pub use guard::{Guard, GuardConfig};
 pub use plugin::{PluginConfig, PluginSource};
 pub use resolve::{UnresolvedName, UnresolvedNames};

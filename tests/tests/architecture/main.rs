@@ -4,6 +4,7 @@
 
 #![expect(clippy::expect_used, clippy::panic, reason = "a test that cannot go on ends")]
 
+mod circles;
 mod purity;
 mod words;
 
@@ -194,5 +195,57 @@ fn the_check_of_words_sees_faults_wherever_they_stand() {
     for code in accepted {
         let wording = words::read_text(code);
         assert!(wording.faults.is_empty() && wording.shared_names().is_empty(), "{code}: {wording:?}");
+    }
+}
+
+/// Crates with top modules that import each other in a circle, to be mended. No crate may be added.
+const WITH_CIRCLES: &[&str] = &[
+    "vmesh-agent",
+    "vmesh-capture",
+    "vmesh-compile",
+    "vmesh-consul",
+    "vmesh-control",
+    "vmesh-identity",
+    "vmesh-net",
+    "vmesh-zookeeper",
+];
+
+/// A reader can start at the modules that import nothing, and understands each module without the later ones.
+#[test]
+fn no_module_imports_itself_over_others() {
+    let crates = concat!(env!("CARGO_MANIFEST_DIR"), "/../crates");
+    let mut circles = std::collections::BTreeMap::new();
+    for entry in std::fs::read_dir(crates).expect("crates") {
+        let directory = entry.expect("an entry").path();
+        let name = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let imports = circles::read(&directory.join("src"));
+        assert!(name != "vmesh-discovery" || imports.modules() > 10, "{imports:?}");
+        if let Some(circle) = imports.circle().filter(|_| !WITH_CIRCLES.contains(&&*name)) {
+            circles.insert(name, circle);
+        }
+    }
+    assert!(circles.is_empty(), "{circles:#?}");
+}
+
+#[test]
+fn the_check_for_circles_sees_them_however_they_are_written() {
+    let circle = |a: &str, b: &str| {
+        let mut imports = circles::Imports::default();
+        imports.add("a", a, true);
+        imports.add("b", b, true);
+        imports.circle()
+    };
+    let back = "use crate::a::X;";
+    for there in [
+        "use crate::b::Y;",
+        "use super::b;",
+        "use crate::{c, b::{Y, Z}};",
+        "fn f() { crate::b::f(); }",
+        "mod inner { pub use crate::b::*; }",
+    ] {
+        assert_eq!(circle(there, back).as_deref(), Some("a -> b -> a"), "{there}");
+    }
+    for there in ["use crate::c::Y;", "use other::b;", "#[cfg(test)] mod tests { use crate::b; }"] {
+        assert_eq!(circle(there, back), None, "{there}");
     }
 }

@@ -11,8 +11,10 @@ use serde::de::{self, Deserializer};
 use vmesh_consul::{Addresses, Config, Consistency, MaxConnections, Tls, WatchOptions};
 use vmesh_model::text::show_duration;
 
-use crate::config::{name, seconds, yes};
-use crate::guard::{GuardConfig, duration};
+use crate::config_values::{duration, name, seconds, yes};
+use crate::format::consul::rules::{AddressKind, HealthRules, InstanceRules, MetadataKeys, TagPattern};
+use crate::guard::GuardConfig;
+use crate::pattern::Pattern;
 
 /// The configuration of a Consul source: all services of a cluster, or some.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -137,6 +139,24 @@ impl ConsulConfig {
         }
     }
 
+    /// Returns the rules by which the answers of Consul are read.
+    pub fn instance_rules(&self) -> InstanceRules {
+        InstanceRules {
+            require_tags: self.require_tags.clone(),
+            exclude_tags: self.exclude_tags.clone(),
+            node_meta: self.node_meta.clone(),
+            service_meta: self.service_meta.clone(),
+            kinds: self.kinds.clone(),
+            endpoint_address: self.endpoint_address,
+            port_name: self.port_name.clone(),
+            default_port: self.default_port,
+            map: self.map.clone(),
+            tag_patterns: self.tag_patterns.clone(),
+            default_weight: self.default_weight,
+            health: self.health.clone(),
+        }
+    }
+
     pub(crate) fn pace(&self) -> WatchOptions {
         let consistency = match self.consistency {
             ConsistencyMode::Stale => Consistency::Stale,
@@ -173,158 +193,6 @@ impl ServiceFilter {
     }
 }
 
-/// A text in which each `*` stands for any text, including an empty one.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
-#[serde(transparent)]
-pub struct Pattern(pub Arc<str>);
-
-impl Pattern {
-    pub fn matches(&self, text: &str) -> bool {
-        matches(self.0.as_bytes(), text.as_bytes())
-    }
-
-    fn matches_ignoring_case(&self, text: &str) -> bool {
-        matches(self.0.to_ascii_lowercase().as_bytes(), text.to_ascii_lowercase().as_bytes())
-    }
-}
-
-/// Matches in linear time for one star and quadratic time at worst: a star first matches as little as
-/// possible, and more only if the rest does not match.
-fn matches(pattern: &[u8], text: &[u8]) -> bool {
-    let (mut p, mut t, mut star) = (0, 0, None);
-    while let Some(byte) = text.get(t) {
-        match pattern.get(p) {
-            Some(b'*') => {
-                star = Some((p, t));
-                p += 1;
-            }
-            Some(expected) if expected == byte => {
-                p += 1;
-                t += 1;
-            }
-            _ => {
-                let Some((at, taken)) = star else { return false };
-                star = Some((at, taken + 1));
-                p = at + 1;
-                t = taken + 1;
-            }
-        }
-    }
-    pattern.get(p..).unwrap_or_default().iter().all(|byte| *byte == b'*')
-}
-
-/// The address at which an instance is dialled.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum AddressKind {
-    /// The address of the service, or else of its node, as in Consul's own DNS.
-    #[default]
-    Service,
-    Node,
-    Lan,
-    Wan,
-    LanIpv4,
-    LanIpv6,
-    WanIpv4,
-    WanIpv6,
-    /// The virtual address that Consul's own mesh intercepts.
-    Virtual,
-}
-
-impl AddressKind {
-    /// Returns the key in `TaggedAddresses`.
-    pub(crate) fn tag(self) -> Option<&'static str> {
-        match self {
-            AddressKind::Service | AddressKind::Node => None,
-            AddressKind::Lan => Some("lan"),
-            AddressKind::Wan => Some("wan"),
-            AddressKind::LanIpv4 => Some("lan_ipv4"),
-            AddressKind::LanIpv6 => Some("lan_ipv6"),
-            AddressKind::WanIpv4 => Some("wan_ipv4"),
-            AddressKind::WanIpv6 => Some("wan_ipv6"),
-            AddressKind::Virtual => Some("virtual"),
-        }
-    }
-
-    pub(crate) fn is_wan(self) -> bool {
-        matches!(self, AddressKind::Wan | AddressKind::WanIpv4 | AddressKind::WanIpv6)
-    }
-}
-
-/// Metadata keys: those of the service take precedence over those of its node.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct MetadataKeys {
-    pub version: Vec<String>,
-    pub zone: Vec<String>,
-    pub protocol: Vec<String>,
-    pub weight: Vec<String>,
-    /// Keys for which `true` means TLS if no protocol is given, like Spring Cloud's `secure`.
-    pub secure: Vec<String>,
-}
-
-impl Default for MetadataKeys {
-    fn default() -> Self {
-        let keys = |keys: &[&str]| keys.iter().map(|key| (*key).to_owned()).collect();
-        MetadataKeys {
-            version: keys(&["version"]),
-            zone: keys(&["zone", "az", "availability_zone"]),
-            protocol: keys(&["protocol"]),
-            weight: keys(&["weight"]),
-            secure: keys(&["secure"]),
-        }
-    }
-}
-
-/// A pattern such as `{tag: "release-*", key: version}`: the text that matches `*` is the value.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TagPattern {
-    #[serde(deserialize_with = "one_star")]
-    pub tag: String,
-    /// The meaning of the value: `version`, `zone`, `protocol`, `weight`, or the name of a label.
-    pub key: String,
-}
-
-impl TagPattern {
-    pub(crate) fn value<'a>(&self, tag: &'a str) -> Option<&'a str> {
-        let (before, after) = self.tag.split_once('*')?;
-        tag.strip_prefix(before)?.strip_suffix(after).filter(|value| !value.is_empty())
-    }
-}
-
-/// The meaning of health checks.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct HealthRules {
-    pub warning: WarningAction,
-    pub critical: CriticalAction,
-    /// Checks that do not count, by ID or name. An example is `serfHealth`, where gossip depends more on the
-    /// network than on the application.
-    pub ignore_checks: Vec<Pattern>,
-}
-
-/// The treatment of an instance with a warning.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum WarningAction {
-    /// Serve the instance with its `Weights.Warning`; a weight of 0 means `drain`.
-    #[default]
-    Serve,
-    Drain,
-}
-
-/// The treatment of a critical instance.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum CriticalAction {
-    /// Keep the instance as unhealthy, so that Envoy sees the share of unhealthy endpoints.
-    #[default]
-    Unhealthy,
-    /// Leave the instance out.
-    Drop,
-}
-
 /// The consistency of queries.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -336,15 +204,6 @@ pub enum ConsistencyMode {
     Default,
     /// The leader answers, after a majority has confirmed its leadership.
     Consistent,
-}
-
-fn one_star<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    if text.matches('*').count() == 1 {
-        Ok(text)
-    } else {
-        Err(de::Error::custom(format!("`{text}` has to have one `*`, which stands for the value")))
-    }
 }
 
 fn wait<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {

@@ -8,26 +8,32 @@
 //! a component of a link's path, lost events) leads to a scan of the whole directory, as do a failure and
 //! every `poll`.
 
+mod content;
+mod merge;
+mod state;
+mod walk;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::{OsStr, OsString};
-use std::fs::{File, FileType, Metadata};
-use std::io::{self, ErrorKind, Read};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use rustix::fs::{Mode, OFlags};
 use vmesh_model::yaml::too_large;
-use vmesh_model::{Address, Endpoint, Host, Place, Problem, Registration, ServiceName};
+use vmesh_model::{Place, Problem, Registration, ServiceName};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::privacy::{is_public, redacted};
-use super::watch::{DirectoryWatches, Hints, ScanRequest, WatchedDirectories, WatchedDirectory, links};
+use super::config::FileConfig;
+use super::privacy::redacted;
+use super::watch::{DirectoryWatches, Hints, ScanRequest, WatchedDirectories};
 use crate::assemble::{ServiceContent, ServiceStatement, Statement};
-use crate::config::FileConfig;
-use crate::format::{self, FileFailure, Format, ParseResult, ParsedEndpoint, ParsedService, subject_of};
+use crate::format::{self, Format, ParseResult, ParsedService};
 use crate::source::{Registrations, SourceError};
+
+use content::{FileContent, read_bytes};
+use state::FileState;
+use walk::{DirectoryWalk, FileStat, FoundFile, WatchedTree, is_read, stem};
+pub(super) use walk::{explain_error, is_skipped};
 
 /// A file that changed less than this ago may be half written, unless the kernel reported that it was closed.
 const SETTLED: Duration = Duration::from_millis(100);
@@ -40,8 +46,8 @@ pub(super) struct Scan {
     pub(super) statement: Statement,
     /// Some files are being changed: scan again after this time.
     pub(super) again: Option<Duration>,
-    /// The services that `told` covers, after a scan of changed files only; a service that is not in `told`
-    /// is removed. `None`: `told` covers everything.
+    /// The services that `statement` covers, after a scan of changed files only; a service that is not in `statement`
+    /// is removed. `None`: `statement` covers everything.
     pub(super) only: Option<BTreeSet<ServiceName>>,
     /// The number of files that were parsed, for tests.
     pub(super) parsed: usize,
@@ -50,84 +56,6 @@ pub(super) struct Scan {
     pub(super) refused: u64,
     /// The number of records that were left out.
     pub(super) bad_records: u64,
-}
-
-/// The state of one file.
-#[derive(Debug, Default)]
-struct FileState {
-    /// The metadata when the file was last read.
-    stat: Option<FileStat>,
-    /// The hash of the bytes that were parsed last; `None` if they could not be read.
-    hash: Option<u64>,
-    /// The content of the file may be quoted in problems.
-    is_shown: bool,
-    /// The detected format.
-    format: Option<Format>,
-    services: BTreeMap<ServiceName, ServiceStatement>,
-    problems: Vec<Problem>,
-    /// The services that the file named before it stated that there are none.
-    emptied: BTreeSet<ServiceName>,
-    /// Unreadable parts of the file without a last good state, each with the reason.
-    unusable: Vec<Arc<str>>,
-    /// Records of the file that are left out and have no last good state, each with the reason.
-    left_out: Vec<Arc<str>>,
-    /// The time at which the file was first found missing.
-    missing_since: Option<Instant>,
-}
-
-/// The metadata that show whether a file was changed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct FileStat {
-    id: (u64, u64),
-    size: u64,
-    modified: (i64, i64),
-    changed: (i64, i64),
-}
-
-impl FileStat {
-    fn of(metadata: &Metadata) -> FileStat {
-        FileStat {
-            id: (metadata.dev(), metadata.ino()),
-            size: metadata.size(),
-            modified: (metadata.mtime(), metadata.mtime_nsec()),
-            changed: (metadata.ctime(), metadata.ctime_nsec()),
-        }
-    }
-}
-
-/// A file that a walk found.
-struct FoundFile {
-    path: PathBuf,
-    /// The name of its service if the file does not state one.
-    name: String,
-    is_yaml: bool,
-    /// The metadata and the modification time of the file, or the reason why they are unknown.
-    stat: Result<(FileStat, Option<SystemTime>), String>,
-}
-
-/// The result of walking a directory.
-#[derive(Default)]
-struct DirectoryWalk {
-    files: Vec<FoundFile>,
-    directories: WatchedDirectories,
-    /// The prefix of the service names of the files in each directory.
-    prefixes: BTreeMap<PathBuf, String>,
-    /// The components of link paths, each as its directory and its name there.
-    link_components: BTreeSet<(PathBuf, OsString)>,
-    /// The device and inode numbers of the directories that were read, against loops of links.
-    visited: BTreeSet<(u64, u64)>,
-    /// Directories whose content is unknown, with the reason.
-    unreadable: Vec<(PathBuf, String)>,
-    problems: Vec<Problem>,
-}
-
-/// The part of a walk that stays valid while the kernel reports every change.
-#[derive(Debug)]
-struct WatchedTree {
-    directories: WatchedDirectories,
-    prefixes: BTreeMap<PathBuf, String>,
-    link_components: BTreeSet<(PathBuf, OsString)>,
-    problems: Vec<Problem>,
 }
 
 /// The state of a path that the kernel reported.
@@ -354,127 +282,6 @@ impl Disk {
         SourceError::Suspect { source_name: self.source.clone(), what }
     }
 
-    fn walk(&self) -> Result<DirectoryWalk, SourceError> {
-        let root = &self.config.path;
-        let metadata = std::fs::metadata(root).map_err(|error| self.failed(root, error))?;
-        let mut walk = DirectoryWalk::default();
-        walk.watch_path(root);
-        if metadata.is_dir() {
-            let mut prefix = String::new();
-            self.walk_into(root, &metadata, &mut prefix, 0, &mut walk).map_err(|e| self.failed(root, e))?;
-            walk.files.sort_by(|a, b| a.path.cmp(&b.path));
-        } else if metadata.is_file() {
-            let name = root.file_name().unwrap_or_default().to_string_lossy();
-            let (name, is_yaml) = stem(&name);
-            let stat = Ok((FileStat::of(&metadata), metadata.modified().ok()));
-            walk.files.push(FoundFile { path: root.clone(), name: name.to_owned(), is_yaml, stat });
-        } else {
-            let kind = kind_name(metadata.file_type());
-            let what = format!("{} is a {kind}, neither a directory nor a file", root.display());
-            return Err(self.suspect(what));
-        }
-        Ok(walk)
-    }
-
-    fn walk_into(
-        &self,
-        directory: &Path,
-        metadata: &Metadata,
-        prefix: &mut String,
-        depth: usize,
-        walk: &mut DirectoryWalk,
-    ) -> io::Result<()> {
-        let id = (metadata.dev(), metadata.ino());
-        let entries = std::fs::read_dir(directory)?;
-        walk.visited.insert(id);
-        walk.directories.insert(directory.to_owned(), WatchedDirectory { id, only: None });
-        walk.prefixes.insert(directory.to_owned(), prefix.clone());
-        let mut names = Vec::new();
-        for entry in entries {
-            let entry = entry?;
-            if !is_skipped(&entry.file_name()) {
-                names.push((entry.file_name(), entry.file_type()?));
-            }
-        }
-        // The entries are sorted, so that of two links to one directory the same one always counts.
-        names.sort_by(|a, b| a.0.cmp(&b.0));
-        for (name, file_type) in names {
-            let path = directory.join(&name);
-            if file_type.is_symlink() {
-                walk.watch_path(&path);
-            }
-            let metadata = std::fs::metadata(&path);
-            let text = name.to_string_lossy();
-            let is_directory = metadata.as_ref().map_or(file_type.is_dir(), Metadata::is_dir);
-            if !is_directory && self.config.format == Format::Auto && !is_read(&text) {
-                let message =
-                    "not read: the name of a discovery file ends in `.yaml`, `.yml`, `.json` or in nothing";
-                walk.problem(&path, message);
-                continue;
-            }
-            match metadata {
-                Ok(metadata) if metadata.is_dir() => {
-                    if walk.visited.contains(&(metadata.dev(), metadata.ino())) {
-                        continue;
-                    }
-                    if depth + 1 >= MAX_DEPTH {
-                        walk.problem(&path, &format!("not read: nested deeper than {MAX_DEPTH} directories"));
-                        continue;
-                    }
-                    let length = prefix.len();
-                    prefix.push_str(&text);
-                    prefix.push('.');
-                    if let Err(error) = self.walk_into(&path, &metadata, prefix, depth + 1, walk) {
-                        walk.unreadable.push((path, explain_error(&error)));
-                    }
-                    prefix.truncate(length);
-                }
-                // Opening a FIFO would block until somebody writes to it, and opening a device can have any
-                // effect.
-                Ok(metadata) if !metadata.is_file() => {
-                    walk.problem(&path, &format!("not read: it is a {}", kind_name(metadata.file_type())));
-                }
-                // The file was removed after its directory was read.
-                Err(error) if error.kind() == ErrorKind::NotFound && !file_type.is_symlink() => {}
-                // The content below this directory is unknown.
-                Err(error) if is_directory => walk.unreadable.push((path, explain_error(&error))),
-                metadata => {
-                    let (stem, is_yaml) = stem(&text);
-                    let name = format!("{prefix}{stem}");
-                    let stat = match metadata {
-                        Ok(metadata) => Ok((FileStat::of(&metadata), metadata.modified().ok())),
-                        Err(error) if error.kind() == ErrorKind::NotFound => {
-                            Err("a link to something that does not exist".to_owned())
-                        }
-                        Err(error) => Err(explain_error(&error)),
-                    };
-                    walk.files.push(FoundFile { path, name, is_yaml, stat });
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Checks whether the walk as a whole looks plausible.
-    fn check_plausible(&self, walk: &DirectoryWalk) -> Result<(), SourceError> {
-        let path = self.config.path.display();
-        if walk.files.len() > self.config.max_files {
-            let most = self.config.max_files;
-            return Err(
-                self.suspect(format!("{path} holds more than {most} files: is it the right directory?"))
-            );
-        }
-        let before = self.files.len().max(usize::from(!self.restored.is_empty()));
-        if walk.files.is_empty() && walk.unreadable.is_empty() && before > 0 {
-            let what = format!(
-                "{path} is empty and was not before: is something not mounted? \
-                 If that is meant, leave one file in it that holds `[]`"
-            );
-            return Err(self.suspect(what));
-        }
-        Ok(())
-    }
-
     /// Watches these directories. Returns whether a watch was added, and a problem if some directories are
     /// not watched.
     fn watch_directories(&mut self, directories: &WatchedDirectories) -> (bool, Option<Problem>) {
@@ -608,131 +415,6 @@ impl Disk {
         self.update_file(&found.path, &file, ParseResult::unusable(vec![problem]));
     }
 
-    fn update_file(&mut self, path: &Path, file: &Arc<str>, parsed: ParseResult) {
-        let restored = &mut self.restored;
-        let state = self.files.entry(path.to_owned()).or_default();
-        let mut before = std::mem::take(&mut state.services);
-        let previous = before.clone();
-        let because = |about: Option<&ServiceName>| -> Arc<str> {
-            let subject = about.map(subject_of);
-            let about_it = |p: &&Problem| subject.as_ref().is_none_or(|subject| p.subject == *subject);
-            let first = parsed.problems.iter().find(about_it).or(parsed.problems.first());
-            first.map_or_else(|| "it cannot be read".into(), |problem| problem.to_string().into())
-        };
-        // Before a file is first read, its last good services are those from before the restart.
-        for (name, registration) in restored.extract_if(.., |_, known| known.place.file == *file) {
-            let told = ServiceStatement {
-                content: ServiceContent::Restored(registration),
-                stale_because: None,
-                partial_because: None,
-            };
-            before.entry(name).or_insert(told);
-        }
-        let has_failed = parsed.has_failed();
-        if has_failed {
-            let because = because(None);
-            before.values_mut().for_each(|told| told.stale_because = Some(because.clone()));
-            state.services = before;
-        } else {
-            if parsed.says_nothing {
-                state.emptied.extend(before.keys().cloned());
-            } else {
-                state.emptied.clear();
-            }
-            for name in &parsed.unreadable {
-                if let Some((name, mut told)) = before.remove_entry(name) {
-                    told.stale_because = Some(because(Some(&name)));
-                    state.services.insert(name, told);
-                }
-            }
-            for service in parsed.services {
-                // An unchanged service keeps its pointer, by which later stages see that nothing changed.
-                let known = match before.remove(&service.name) {
-                    Some(ServiceStatement { content: ServiceContent::Parsed(same), .. })
-                        if *same == service =>
-                    {
-                        same
-                    }
-                    _ => Arc::new(service),
-                };
-                state.services.insert(known.name.clone(), ServiceStatement::fresh(known));
-            }
-            if parsed.has_unnamed {
-                // A service that is no longer named may be one of the records without a readable name.
-                let because = because(None);
-                for (name, mut told) in before {
-                    told.stale_because = Some(because.clone());
-                    state.services.insert(name, told);
-                }
-            }
-        }
-        let is_known = |name: &ServiceName| state.services.contains_key(name);
-        let mut left_out: BTreeSet<Arc<str>> = BTreeSet::new();
-        state.unusable.clear();
-        match parsed.failure {
-            Some(_) if !state.services.is_empty() => {}
-            // A file with such a name never had a service.
-            Some(FileFailure::MisnamedFile) => {}
-            Some(FileFailure::NotRead) => state.unusable.push(because(None)),
-            Some(FileFailure::Misnamed) => _ = left_out.insert(because(None)),
-            None if parsed.has_unnamed => _ = left_out.insert(because(None)),
-            None => {}
-        }
-        left_out
-            .extend(parsed.unreadable.iter().filter(|name| !is_known(name)).map(|name| because(Some(name))));
-        state.left_out = left_out.into_iter().collect();
-        let with_outcome = |problem: Problem| {
-            let known = |name: &ServiceName| state.services.contains_key(name);
-            let unreadable = parsed.unreadable.iter().find(|name| subject_of(name) == problem.subject);
-            let outcome = match (has_failed, unreadable) {
-                (true, _) if state.services.is_empty() => "nothing of this file is in force",
-                (true, _) => "what was last read of this file stays in force",
-                (false, Some(name)) if known(name) => "what was last read of this service stays in force",
-                (false, Some(_)) => "this service is not in force",
-                (false, None) => return problem,
-            };
-            problem.with_outcome(outcome)
-        };
-        state.problems = parsed.problems.into_iter().map(with_outcome).collect();
-        self.record_changes(path, previous);
-    }
-
-    /// Records the services of a file that differ from `previous`.
-    fn record_changes(&mut self, path: &Path, mut previous: BTreeMap<ServiceName, ServiceStatement>) {
-        if self.tree.is_none() {
-            // The next merge covers every service anyway.
-            return;
-        }
-        let Some(state) = self.files.get(path) else { return };
-        for (name, told) in &state.services {
-            match previous.remove(name) {
-                Some(before) if is_same(&before, told) => {}
-                Some(_) => _ = self.changed.insert(name.clone()),
-                None => {
-                    let claims = self.claims.entry(name.clone()).or_default();
-                    if let Err(at) = claims.binary_search_by(|claim| claim.as_path().cmp(path)) {
-                        claims.insert(at, path.to_owned());
-                    }
-                    self.changed.insert(name.clone());
-                }
-            }
-        }
-        self.record_removed(path, previous.into_keys());
-    }
-
-    /// Records that a file no longer names these services.
-    fn record_removed(&mut self, path: &Path, services: impl IntoIterator<Item = ServiceName>) {
-        for name in services {
-            if let Some(claims) = self.claims.get_mut(&name) {
-                claims.retain(|claim| claim != path);
-                if claims.is_empty() {
-                    self.claims.remove(&name);
-                }
-            }
-            self.changed.insert(name);
-        }
-    }
-
     /// Keeps everything below unreadable directories as it was, including services from before a restart.
     pub(super) fn keep_unreadable(&mut self, unreadable: &[(PathBuf, String)]) {
         for (directory, why) in unreadable {
@@ -741,14 +423,17 @@ impl Disk {
                 if path.starts_with(directory) {
                     state.stat = None;
                     state.hash = None;
-                    state.services.values_mut().for_each(|told| told.stale_because = Some(because.clone()));
+                    state
+                        .services
+                        .values_mut()
+                        .for_each(|statement| statement.stale_because = Some(because.clone()));
                 }
             }
             let below = |known: &Registration| Path::new(&*known.place.file).starts_with(directory);
             for (name, known) in self.restored.extract_if(.., |_, known| below(known)) {
                 let state = self.files.entry(PathBuf::from(&*known.place.file)).or_default();
-                let told = ServiceStatement::stale(ServiceContent::Restored(known), because.clone());
-                state.services.insert(name, told);
+                let statement = ServiceStatement::stale(ServiceContent::Restored(known), because.clone());
+                state.services.insert(name, statement);
             }
         }
     }
@@ -788,150 +473,6 @@ impl Disk {
             self.restored.clear();
         }
     }
-
-    /// Keeps the endpoints of shared services from before a restart.
-    ///
-    /// A service that several files share is complete only once all files have been usable since the start.
-    /// Before that, an unusable file may list a previous endpoint, so no previous endpoint counts as removed.
-    fn keep_restored_parts(&mut self, scan: &mut Scan) {
-        let never_used =
-            self.files.values().find_map(|state| state.unusable.first().or(state.left_out.first()));
-        let Some(because) = never_used.or(scan.statement.unusable.first()) else {
-            if scan.again.is_none() {
-                self.restored_parts.clear();
-            }
-            return;
-        };
-        self.restored_parts.retain(|name, known| {
-            let Some(told) = scan.statement.services.get_mut(name) else { return false };
-            let ServiceContent::Parsed(service) = &told.content else { return true };
-            let is_there = |known: &Endpoint| {
-                service.endpoints.iter().any(|endpoint| comes_from(&endpoint.address, known))
-            };
-            let is_missing = service.is_shared && !known.endpoints.iter().all(is_there);
-            if is_missing && told.partial_because.is_none() {
-                told.partial_because = Some(because.clone());
-            }
-            is_missing
-        });
-    }
-
-    /// Merges all files. If two files name one service, the file that counted before counts, or else the
-    /// first in path order.
-    pub(super) fn merge(&mut self, scan: &mut Scan) {
-        let mut claims: BTreeMap<&ServiceName, Vec<(&PathBuf, &ServiceStatement)>> = BTreeMap::new();
-        for (path, state) in &self.files {
-            for (name, told) in &state.services {
-                claims.entry(name).or_default().push((path, told));
-            }
-        }
-        let mut merged = MergedServices::default();
-        for (name, claims) in &claims {
-            let told: Vec<&ServiceStatement> = claims.iter().map(|(_, told)| *told).collect();
-            merged.add(name, &told, self.incumbents.get(*name), self.joined.get(*name));
-        }
-        let paths = |claims: Vec<(&PathBuf, &ServiceStatement)>| {
-            claims.into_iter().map(|(path, _)| path.clone()).collect()
-        };
-        self.claims = claims.into_iter().map(|(name, claims)| (name.clone(), paths(claims))).collect();
-        self.changed.clear();
-        let MergedServices { services, incumbents, joined, conflicts } = merged;
-        scan.statement.services = services;
-        self.incumbents = incumbents;
-        self.joined = joined;
-        self.conflicts = conflicts;
-        self.add_general_parts(scan);
-    }
-
-    /// Merges the services whose files changed.
-    fn merge_changed(&mut self, scan: &mut Scan) {
-        let changed = std::mem::take(&mut self.changed);
-        let mut merged = MergedServices::default();
-        for name in &changed {
-            let files = self.claims.get(name).into_iter().flatten();
-            let told: Vec<&ServiceStatement> =
-                files.filter_map(|path| self.files.get(path)?.services.get(name)).collect();
-            merged.add(name, &told, self.incumbents.get(name), self.joined.get(name));
-            self.incumbents.remove(name);
-            self.joined.remove(name);
-            self.conflicts.remove(name);
-        }
-        let MergedServices { services, incumbents, joined, conflicts } = merged;
-        scan.statement.services = services;
-        self.incumbents.extend(incumbents);
-        self.joined.extend(joined);
-        self.conflicts.extend(conflicts);
-        scan.only = Some(changed);
-        self.add_general_parts(scan);
-    }
-
-    /// Adds the parts of the statement that do not belong to one service.
-    fn add_general_parts(&mut self, scan: &mut Scan) {
-        let told = &mut scan.statement;
-        for state in self.files.values() {
-            told.problems.extend(state.problems.iter().cloned());
-            told.unusable.extend(state.unusable.iter().cloned());
-            told.left_out.extend(state.left_out.iter().cloned());
-            told.emptied
-                .extend(state.emptied.iter().filter(|name| !self.claims.contains_key(*name)).cloned());
-        }
-        told.problems.extend(self.conflicts.values().flatten().cloned());
-        told.problems.sort();
-        told.problems.dedup();
-        self.keep_restored_parts(scan);
-    }
-}
-
-/// Services merged from the files that name them.
-#[derive(Default)]
-struct MergedServices {
-    services: BTreeMap<ServiceName, ServiceStatement>,
-    incumbents: BTreeMap<ServiceName, Arc<str>>,
-    joined: BTreeMap<ServiceName, Arc<ParsedService>>,
-    conflicts: BTreeMap<ServiceName, Vec<Problem>>,
-}
-
-impl MergedServices {
-    /// Adds a service from the statements of the files that name it, in path order. `incumbent` is the file
-    /// that counted before; `joined` is the previous result for a shared service.
-    fn add(
-        &mut self,
-        name: &ServiceName,
-        claims: &[&ServiceStatement],
-        incumbent: Option<&Arc<str>>,
-        joined: Option<&Arc<ParsedService>>,
-    ) {
-        if claims.len() > 1
-            && let Some(told) = join_shared(name, claims, joined)
-        {
-            if let ServiceContent::Parsed(service) = &told.content {
-                self.joined.insert(name.clone(), service.clone());
-            }
-            self.incumbents.insert(name.clone(), place_of(&told).file);
-            self.services.insert(name.clone(), told);
-            return;
-        }
-        let stayed = claims.iter().find(|told| Some(&place_of(told).file) == incumbent);
-        let Some(counts) = stayed.or(claims.first()) else { return };
-        let why = if stayed.is_some() { "since it was there before" } else { "since it is the first" };
-        for other in claims.iter().filter(|other| !std::ptr::eq(**other, *counts)) {
-            let message = format!("`{name}` is also in {}, which counts, {why}", place_of(counts));
-            let problem = Problem::new(place_of(other), subject_of(name), message);
-            self.conflicts.entry(name.clone()).or_default().push(problem);
-        }
-        self.incumbents.insert(name.clone(), place_of(counts).file);
-        self.services.insert(name.clone(), ServiceStatement::clone(counts));
-    }
-}
-
-/// Reports whether both are equal by pointer.
-fn is_same(before: &ServiceStatement, now: &ServiceStatement) -> bool {
-    let is_known = match (&before.content, &now.content) {
-        (ServiceContent::Parsed(before), ServiceContent::Parsed(now)) => Arc::ptr_eq(before, now),
-        (ServiceContent::Restored(before), ServiceContent::Restored(now)) => Arc::ptr_eq(before, now),
-        _ => false,
-    };
-    is_known && before.stale_because == now.stale_because && before.partial_because == now.partial_because
 }
 
 /// Reports whether a missing file is kept for the moment, because a writer may be replacing it. If so,
@@ -951,175 +492,4 @@ fn is_kept_for_now(
         scan.again = Some(scan.again.map_or(wait, |sooner| sooner.min(wait)));
     }
     is_kept
-}
-
-/// Joins a service that several files share, as Prometheus does with a job. Returns `None` if the files do
-/// not share it on purpose. A result equal to `before` keeps its pointer.
-fn join_shared(
-    name: &ServiceName,
-    claims: &[&ServiceStatement],
-    before: Option<&Arc<ParsedService>>,
-) -> Option<ServiceStatement> {
-    let parts: Vec<&Arc<ParsedService>> = claims
-        .iter()
-        .map(|told| match &told.content {
-            ServiceContent::Parsed(service) if service.is_shared => Some(service),
-            ServiceContent::Parsed(_) | ServiceContent::Restored(_) => None,
-        })
-        .collect::<Option<_>>()?;
-    let mut whole = ParsedService::clone(parts.first()?);
-    let mut endpoints: BTreeMap<&Address, &ParsedEndpoint> = BTreeMap::new();
-    for endpoint in parts.iter().flat_map(|part| &part.endpoints) {
-        endpoints.entry(&endpoint.address).or_insert(endpoint);
-    }
-    whole.name = name.clone();
-    whole.endpoints = endpoints.into_values().cloned().collect();
-    whole.protocol = parts.iter().find_map(|part| part.protocol);
-    // A file that is unreadable now contributes its last good part, so the service may be incomplete.
-    let stale = claims.iter().find_map(|told| told.stale_because.clone());
-    whole.partial_because = parts.iter().find_map(|part| part.partial_because.clone()).or(stale);
-    let whole = match before {
-        Some(before) if **before == whole => before.clone(),
-        _ => Arc::new(whole),
-    };
-    Some(ServiceStatement::fresh(whole))
-}
-
-/// Reports whether the endpoint `known` may come from a record with `address`.
-fn comes_from(address: &Address, known: &Endpoint) -> bool {
-    address.port.get() == known.address.port()
-        && match &address.host {
-            Host::Ip(ip) => *ip == known.address.ip(),
-            Host::Name(name) => known.hostname.as_ref() == Some(name),
-        }
-}
-
-fn place_of(told: &ServiceStatement) -> Place {
-    match &told.content {
-        ServiceContent::Parsed(service) => service.place.clone(),
-        ServiceContent::Restored(registration) => registration.place.clone(),
-    }
-}
-
-impl DirectoryWalk {
-    fn problem(&mut self, path: &Path, message: &str) {
-        let file: Arc<str> = path.display().to_string().into();
-        self.problems.push(Problem::new(Place::file(file.clone()), file, message));
-    }
-
-    /// Watches every link on the path to `path`, and the directory in which the path ends.
-    fn watch_path(&mut self, path: &Path) {
-        let (mut way, end) = links(path);
-        if let (Some(parent), Some(name)) = (end.parent(), end.file_name()) {
-            way.push((parent.to_owned(), name.to_owned()));
-        }
-        for (directory, name) in way {
-            self.link_components.insert((directory.clone(), name.clone()));
-            match self.directories.get_mut(&directory) {
-                Some(WatchedDirectory { only: Some(names), .. }) => _ = names.insert(name),
-                Some(WatchedDirectory { only: None, .. }) => {}
-                None => {
-                    if let Ok(metadata) = std::fs::metadata(&directory) {
-                        let id = (metadata.dev(), metadata.ino());
-                        let only = Some(BTreeSet::from([name]));
-                        self.directories.insert(directory, WatchedDirectory { id, only });
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// The bytes of a file, if they are consistent.
-enum FileContent {
-    Whole {
-        bytes: Vec<u8>,
-        stat: FileStat,
-        /// Every user of the host may read the file.
-        is_public: bool,
-    },
-    /// The file was changed while it was being read.
-    Changing,
-    TooLarge,
-}
-
-fn read_bytes(path: &Path, limit: usize) -> io::Result<FileContent> {
-    // If the regular file has been replaced by a FIFO since, `NONBLOCK` keeps the open from blocking, and the
-    // FIFO is not read.
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let mut file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
-    let before = file.metadata()?;
-    if !before.is_file() {
-        return Ok(FileContent::Changing);
-    }
-    let limit = u64::try_from(limit).unwrap_or(u64::MAX);
-    if before.size() > limit {
-        return Ok(FileContent::TooLarge);
-    }
-    let mut bytes = Vec::with_capacity(usize::try_from(before.size()).unwrap_or_default());
-    (&mut file).take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
-    let after = FileStat::of(&file.metadata()?);
-    if after != FileStat::of(&before) || u64::try_from(bytes.len()).ok() != Some(after.size) {
-        return Ok(FileContent::Changing);
-    }
-    let is_public = is_public(&file, &before, path);
-    Ok(FileContent::Whole { bytes, stat: after, is_public })
-}
-
-/// Reports whether a file is hidden or is one that editors, package managers and atomic writers leave behind.
-pub(super) fn is_skipped(name: &OsStr) -> bool {
-    const ENDINGS: [&str; 9] =
-        ["~", ".swp", ".swo", ".swx", ".tmp", ".bak", ".rpmsave", ".rpmnew", ".rpmorig"];
-    let name = name.to_string_lossy();
-    name.starts_with('.')
-        || name == "4913"
-        || (name.starts_with('#') && name.ends_with('#'))
-        || name.contains(".dpkg-")
-        || ENDINGS.iter().any(|ending| name.ends_with(ending))
-}
-
-/// Returns the name of a file without its extension, and whether the extension is one of YAML or JSON.
-fn stem(name: &str) -> (&str, bool) {
-    let endings = [".yaml", ".yml", ".json"];
-    match endings.iter().find_map(|ending| name.strip_suffix(ending)) {
-        Some(stem) => (stem, true),
-        None => (name, false),
-    }
-}
-
-/// Reports whether a file of this name is read when formats are detected.
-fn is_read(name: &str) -> bool {
-    stem(name).1 || !name.contains('.')
-}
-
-fn kind_name(file_type: FileType) -> &'static str {
-    if file_type.is_fifo() {
-        "FIFO"
-    } else if file_type.is_socket() {
-        "socket"
-    } else if file_type.is_dir() {
-        "directory"
-    } else {
-        "device"
-    }
-}
-
-/// Returns the meaning of a file system error for the operator who has to fix it.
-pub(super) fn explain_error(error: &io::Error) -> String {
-    use rustix::io::Errno;
-    let number = error.raw_os_error();
-    let is = |errno: Errno| number == Some(errno.raw_os_error());
-    if is(Errno::LOOP) {
-        "a link that leads back to itself".to_owned()
-    } else if is(Errno::ACCESS) || is(Errno::PERM) {
-        "permission denied: the control plane's user has to be able to read it".to_owned()
-    } else if is(Errno::NOENT) {
-        "it does not exist".to_owned()
-    } else if is(Errno::STALE) || is(Errno::NOTCONN) {
-        "its file system is gone".to_owned()
-    } else {
-        // The standard library appends the error number.
-        let text = error.to_string();
-        text.split(" (os error").next().unwrap_or(&text).to_lowercase()
-    }
 }

@@ -5,7 +5,8 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde::de::{self, Deserializer};
 use vmesh_model::ServiceName;
-use vmesh_model::text::parse_duration;
+
+use crate::config_values::duration;
 
 /// The configuration of a [`Guard`](super::Guard): when a removal is believed.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -100,10 +101,6 @@ impl Default for FleetConfig {
     fn default() -> Self {
         FleetConfig { endpoints: 0.3, services: 0.2, min: 20, window: Duration::from_secs(60) }
     }
-}
-
-pub(crate) fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-    parse_duration(&String::deserialize(deserializer)?).map_err(de::Error::custom)
 }
 
 fn some_duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {

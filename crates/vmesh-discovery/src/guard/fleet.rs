@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use vmesh_model::{Health, Registration, ServiceName, join};
 
 use super::config::FleetConfig;
-use crate::source::{Registrations, ServiceView};
+use crate::registrations::{Registrations, ServiceView};
 
 /// The loss of a source within the window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

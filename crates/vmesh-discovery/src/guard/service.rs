@@ -11,7 +11,7 @@ use vmesh_model::{Endpoint, Health, Registration, ServiceName, State};
 
 use super::config::GuardConfig;
 use super::{HeldChange, HoldKind};
-use crate::source::{Extent, ServiceView};
+use crate::registrations::{Extent, ServiceView};
 
 /// The circumstances, besides its own view, in which a service is judged.
 pub(super) struct JudgementContext<'a> {

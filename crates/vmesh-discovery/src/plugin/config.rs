@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer};
 use vmesh_model::yaml::MAX_TEXT;
 
-use crate::config::{half_a_minute, seconds};
+use crate::config_values::{half_a_minute, seconds, yes};
 use crate::guard::GuardConfig;
 
 use super::run::NEVER_PASSED;
@@ -22,7 +22,7 @@ pub struct PluginConfig {
     /// The name of the source in messages and in the API. Default: `plugin:` and the file name of the
     /// program.
     pub name: Option<Arc<str>>,
-    /// The time for which the program may print no line before it is killed and started again. Default: 90 s; minimum:
+    /// The longest time without a line of the program, after which vmesh kills and restarts the program. Default: 90 s; minimum:
     /// 1 s.
     #[serde(default = "minute_and_a_half", deserialize_with = "seconds")]
     pub silence: Duration,
@@ -39,7 +39,7 @@ pub struct PluginConfig {
     #[serde(default)]
     pub guard: GuardConfig,
     /// Decides whether the control plane serves nothing before this source has answered. Default: `true`.
-    #[serde(default = "crate::config::yes")]
+    #[serde(default = "yes")]
     pub required: bool,
 }
 

@@ -2,7 +2,7 @@ use std::collections::VecDeque;
 
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
-use vmesh_model::{Endpoint, Health, Labels, Place, Weight};
+use vmesh_model::{Endpoint, Health, Labels, Place, Registration, Weight};
 
 use super::*;
 use crate::guard::{AcceptError, FleetConfig, Guard, GuardConfig, NoticeKind};

@@ -9,10 +9,10 @@ use serde::de::{self, Deserializer};
 use vmesh_zookeeper::config::{Auth, ConnectString, Sasl, Tls, Watch, check_path};
 use vmesh_zookeeper::{Config, Root};
 
-use crate::config::{half_a_minute, name, seconds, yes};
-use crate::consul::config::Pattern;
+use crate::config_values::{half_a_minute, name, seconds, yes};
 use crate::format::znode::{FieldPaths, GroupBy, PreferredPort, RecordRules, ZnodeFormat};
 use crate::guard::GuardConfig;
+use crate::pattern::Pattern;
 
 /// The configuration of a ZooKeeper source: some subtrees of an ensemble, read in one session.
 #[derive(Debug, Clone, PartialEq, Deserialize)]

@@ -2,9 +2,10 @@ use expect_test::{Expect, expect};
 use serde_json::json;
 
 use super::*;
+use crate::consul::ConsulConfig;
 
 fn rules(config: &str) -> InstanceRules {
-    InstanceRules::of(&vmesh_model::load::strict::<ConsulConfig>("control.yaml", config).unwrap())
+    vmesh_model::load::strict::<ConsulConfig>("control.yaml", config).unwrap().instance_rules()
 }
 
 fn shown(bodies: &[&str], rules: &InstanceRules) -> String {
