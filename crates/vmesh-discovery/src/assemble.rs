@@ -257,113 +257,172 @@ fn resolve_service<R: Resolve>(
         Some(before) if !before.has_names && Arc::ptr_eq(&before.parsed, parsed) => return before,
         before => before,
     };
-    let subject = subject_of(&parsed.name);
-    let mut endpoints: BTreeMap<SocketAddr, Endpoint> = BTreeMap::new();
-    let (mut problems, mut unresolved, mut has_names, mut is_unresolved) = (Vec::new(), None, false, false);
-    let (mut is_pending, mut is_overdue) = (false, false);
-    // The number of records without an address that other hosts can dial.
-    let mut undialable = 0;
+    let mut resolution = ServiceResolution::new(parsed, names, source);
     for endpoint in &parsed.endpoints {
-        let port = endpoint.address.port.get();
         match &endpoint.address.host {
-            Host::Ip(ip) => match dialable(*ip) {
-                Ok(ip) => {
-                    let address = SocketAddr::new(ip, port);
-                    endpoints.insert(address, endpoint_at(endpoint, address, None, source));
-                }
-                Err(why) => {
-                    undialable += 1;
-                    let node = endpoint.labels.get("node").map(|node| format!("node `{}`: ", short(node)));
-                    let message = format!("{}{why}; this endpoint is left out", node.unwrap_or_default());
-                    problems.push(Problem::new(endpoint.place.clone(), subject.clone(), message));
-                }
-            },
-            Host::Name(host) => {
-                has_names = true;
-                let (addresses, failure, outcome) = match names.get(host) {
-                    Resolution::Pending => {
-                        is_unresolved = true;
-                        is_pending = true;
-                        is_overdue |= names.is_overdue(host);
-                        let overdue =
-                            names.is_overdue(host).then(|| "no name server has answered yet".into());
-                        // A lookup that has only just begun is not worth a problem.
-                        unresolved.get_or_insert_with(|| format!("`{host}` is being looked up"));
-                        (Arc::from([]), overdue, "this endpoint is left out until then")
-                    }
-                    Resolution::Addresses(addresses, failure) => {
-                        (addresses, failure, "its last addresses stay in force")
-                    }
-                    Resolution::Failed(why) => {
-                        is_unresolved |= names.may_exist(host);
-                        (Arc::from([]), Some(why), "this endpoint is left out")
-                    }
-                };
-                let before = problems.len();
-                for ip in addresses.iter() {
-                    let ip = match dialable_for(host, *ip) {
-                        Ok(ip) => ip,
-                        Err(why) => {
-                            let message = format!("`{host}`: {why}; this endpoint is left out");
-                            problems.push(Problem::new(endpoint.place.clone(), subject.clone(), message));
-                            continue;
-                        }
-                    };
-                    let address = SocketAddr::new(ip, port);
-                    // A record with an explicit address describes the endpoint better than one found through
-                    // a host name.
-                    let named = || endpoint_at(endpoint, address, Some(host.clone()), source);
-                    endpoints.entry(address).or_insert_with(named);
-                }
-                undialable +=
-                    usize::from(!addresses.is_empty() && problems.len() == before + addresses.len());
-                if let Some(why) = failure {
-                    let message = format!("`{host}` cannot be resolved: {why}; {outcome}");
-                    unresolved.get_or_insert_with(|| message.clone());
-                    problems.push(Problem::new(endpoint.place.clone(), subject.clone(), message));
-                }
-            }
+            Host::Ip(ip) => resolution.add_ip(endpoint, *ip),
+            Host::Name(host) => resolution.add_name(endpoint, host),
         }
     }
-    if is_pending && !is_overdue {
+    if resolution.is_pending && !resolution.is_overdue {
         // The lookup of the new names ends soon; until then every endpoint of the previous view stays.
         for known in before.iter().flat_map(|before| before.seen.registration.endpoints.iter()) {
-            endpoints.entry(known.address).or_insert_with(|| known.clone());
+            resolution.endpoints.entry(known.address).or_insert_with(|| known.clone());
         }
     }
     let registration = Registration {
         service: parsed.name.clone(),
         protocol: parsed.protocol,
         port: parsed.port.map(Into::into),
-        endpoints: endpoints.into_values().collect(),
+        endpoints: std::mem::take(&mut resolution.endpoints).into_values().collect(),
         place: parsed.place.clone(),
     };
     let registration = match before {
         Some(before) if *before.seen.registration == registration => before.seen.registration,
         _ => Arc::new(registration),
     };
-    let mut seen = match unresolved {
-        Some(why) => ServiceView::stale(registration, printable(&why).as_ref()),
-        None => ServiceView::fresh(registration),
-    };
-    seen.empty_on_purpose = parsed.endpoints.is_empty();
-    let records = parsed.endpoints.len();
-    if too_many_bad(undialable, records) {
-        // As with invalid records: the missing endpoints are probably among these records, so no endpoint is
-        // removed.
-        let why = format!("{undialable} of {records} records have no address that can be dialled");
-        let is_nothing = undialable == records;
-        seen.extent = if is_nothing { Extent::Nothing } else { Extent::Part };
-        if is_nothing {
-            seen.state = State::Stale;
-        }
-        seen.because.get_or_insert_with(|| why.into());
-    }
-    if is_overdue {
-        // The missing endpoints may be the addresses of the new name.
-        seen.extent = Extent::Part;
-    }
+    let seen = resolution.view_of(registration);
+    let ServiceResolution { has_names, is_unresolved, problems, .. } = resolution;
     AssembledService { parsed: parsed.clone(), has_names, is_unresolved, seen, problems }
+}
+
+/// The endpoints of one service, collected while its host names are resolved.
+struct ServiceResolution<'a, R> {
+    parsed: &'a ParsedService,
+    names: &'a HostNames<R>,
+    source: &'a Arc<str>,
+    subject: Arc<str>,
+    endpoints: BTreeMap<SocketAddr, Endpoint>,
+    problems: Vec<Problem>,
+    has_names: bool,
+    /// See [`AssembledService::is_unresolved`].
+    is_unresolved: bool,
+    /// The first lookup of a host name has not ended yet.
+    is_pending: bool,
+    /// The first lookup of a host name is late.
+    is_overdue: bool,
+    /// The reason why the first unresolved host name has no current address.
+    unresolved: Option<String>,
+    /// The number of records without an address that other hosts can dial.
+    undialable: usize,
+}
+
+impl<'a, R: Resolve> ServiceResolution<'a, R> {
+    fn new(
+        parsed: &'a ParsedService,
+        names: &'a HostNames<R>,
+        source: &'a Arc<str>,
+    ) -> ServiceResolution<'a, R> {
+        ServiceResolution {
+            parsed,
+            names,
+            source,
+            subject: subject_of(&parsed.name),
+            endpoints: BTreeMap::new(),
+            problems: Vec::new(),
+            has_names: false,
+            is_unresolved: false,
+            is_pending: false,
+            is_overdue: false,
+            unresolved: None,
+            undialable: 0,
+        }
+    }
+
+    fn add_problem(&mut self, endpoint: &ParsedEndpoint, message: String) {
+        self.problems.push(Problem::new(endpoint.place.clone(), self.subject.clone(), message));
+    }
+
+    /// Adds an endpoint with an explicit address.
+    fn add_ip(&mut self, endpoint: &ParsedEndpoint, ip: IpAddr) {
+        match dialable(ip) {
+            Ok(ip) => {
+                let address = SocketAddr::new(ip, endpoint.address.port.get());
+                self.endpoints.insert(address, endpoint_at(endpoint, address, None, self.source));
+            }
+            Err(why) => {
+                self.undialable += 1;
+                let node = endpoint.labels.get("node").map(|node| format!("node `{}`: ", short(node)));
+                let message = format!("{}{why}; this endpoint is left out", node.unwrap_or_default());
+                self.add_problem(endpoint, message);
+            }
+        }
+    }
+
+    /// Adds an endpoint for each address of the host name `host`.
+    fn add_name(&mut self, endpoint: &ParsedEndpoint, host: &Arc<str>) {
+        self.has_names = true;
+        let (addresses, failure, outcome) = self.look_up(host);
+        let mut dialled = 0;
+        for ip in addresses.iter() {
+            match dialable_for(host, *ip) {
+                Ok(ip) => {
+                    dialled += 1;
+                    let address = SocketAddr::new(ip, endpoint.address.port.get());
+                    // A record with an explicit address describes the endpoint better than one found through
+                    // a host name.
+                    let named = || endpoint_at(endpoint, address, Some(host.clone()), self.source);
+                    self.endpoints.entry(address).or_insert_with(named);
+                }
+                Err(why) => self.add_problem(endpoint, format!("`{host}`: {why}; this endpoint is left out")),
+            }
+        }
+        self.undialable += usize::from(!addresses.is_empty() && dialled == 0);
+        if let Some(why) = failure {
+            let message = format!("`{host}` cannot be resolved: {why}; {outcome}");
+            self.unresolved.get_or_insert_with(|| message.clone());
+            self.add_problem(endpoint, message);
+        }
+    }
+
+    /// Returns the addresses of `host`, the reason if they are not current, and the consequence for the endpoint.
+    fn look_up(&mut self, host: &Arc<str>) -> (Arc<[IpAddr]>, Option<Arc<str>>, &'static str) {
+        match self.names.get(host) {
+            Resolution::Pending => {
+                let is_overdue = self.names.is_overdue(host);
+                self.is_unresolved = true;
+                self.is_pending = true;
+                self.is_overdue |= is_overdue;
+                // A lookup that has only just begun is not worth a problem.
+                self.unresolved.get_or_insert_with(|| format!("`{host}` is being looked up"));
+                let failure = is_overdue.then(|| "no name server has answered yet".into());
+                (Arc::from([]), failure, "this endpoint is left out until then")
+            }
+            Resolution::Addresses(addresses, failure) => {
+                (addresses, failure, "its last addresses stay in force")
+            }
+            Resolution::Failed(why) => {
+                self.is_unresolved |= self.names.may_exist(host);
+                (Arc::from([]), Some(why), "this endpoint is left out")
+            }
+        }
+    }
+
+    /// Returns the view of the service with these endpoints.
+    fn view_of(&self, registration: Arc<Registration>) -> ServiceView {
+        let mut view = match &self.unresolved {
+            Some(why) => ServiceView::stale(registration, printable(why).as_ref()),
+            None => ServiceView::fresh(registration),
+        };
+        let (undialable, records) = (self.undialable, self.parsed.endpoints.len());
+        view.empty_on_purpose = records == 0;
+        if too_many_bad(undialable, records) {
+            // As with invalid records: the missing endpoints are probably among these records, so no endpoint
+            // is removed.
+            let why = format!("{undialable} of {records} records have no address that can be dialled");
+            let is_nothing = undialable == records;
+            view.extent = if is_nothing { Extent::Nothing } else { Extent::Part };
+            if is_nothing {
+                view.state = State::Stale;
+            }
+            view.because.get_or_insert_with(|| why.into());
+        }
+        if self.is_overdue {
+            // The missing endpoints may be the addresses of the new name.
+            view.extent = Extent::Part;
+        }
+        view
+    }
 }
 
 /// Returns the address of `host` in the form that every host can dial. Returns the reason if there is none:

@@ -314,8 +314,26 @@ impl Guard {
             return self.drop_last_view(most);
         }
         let now = self.failing_since.unwrap_or(now);
-        let mut believed =
-            Registrations { problems: self.reported.problems.clone(), ..Registrations::default() };
+        self.add_new_services();
+        let mut believed = self.judge_services(now);
+        if self.held.iter().filter(|held| held.kind == HoldKind::Fleet).count() == 1
+            && self.fleet_hold.is_some()
+        {
+            // The operator accepted every missing service one by one, which ends the fleet hold.
+            self.fleet.accept();
+            self.fleet_hold = None;
+            self.held.retain(|held| held.kind != HoldKind::Fleet);
+        }
+        if let Some(hold) = &self.fleet_hold {
+            let subject = format!("discovery source `{}`", self.source);
+            believed.problems.push(Problem::new(Place::file(self.source.clone()), subject, &*hold.because));
+        }
+        believed
+    }
+
+    /// Starts to guard the services that the source lists for the first time. An unreadable service that the operator
+    /// dropped is not new.
+    fn add_new_services(&mut self) {
         let reported = &self.reported.services;
         self.dropped.retain(|name, known| {
             let reported = reported.get(name);
@@ -331,21 +349,15 @@ impl Guard {
             .map(|(name, reported)| (name.clone(), GuardedService::new(reported.clone())))
             .collect();
         self.services.extend(new);
+    }
+
+    /// Judges each service, and records what is held.
+    fn judge_services(&mut self, now: Instant) -> Registrations {
+        let fleet_change = self.fleet_hold.as_ref().map(|hold| self.fleet_change(hold));
         let Guard { source, config, reported, services, held, notices, fleet_hold, .. } = self;
         held.clear();
-        if let Some(hold) = fleet_hold {
-            held.push(HeldChange {
-                service: None,
-                kind: HoldKind::Fleet,
-                since: hold.since,
-                until: None,
-                had: hold.had,
-                has: reported.services.values().map(|seen| seen.registration.endpoints.len()).sum(),
-                confirmed: 0,
-                confirmations: 0,
-                because: hold.because.clone(),
-            });
-        }
+        held.extend(fleet_change);
+        let mut problems = reported.problems.clone();
         let fleet = fleet_hold.as_ref().map(|hold| (&hold.because, hold.since));
         let rules = JudgementContext { config, source, fleet, now };
         // Both maps are sorted by name.
@@ -356,57 +368,46 @@ impl Guard {
             while reported_services.next_if(|(reported, _)| *reported < name).is_some() {}
             let reported =
                 reported_services.next_if(|(reported, _)| *reported == name).map(|(_, reported)| reported);
-            let (seen, outcome) = watched.judge(name, reported, on_purpose, &rules);
-            let was = watched.held.take();
-            let mut note = |kind, hold, text: Arc<str>| {
-                notices.push(Notice { kind, service: Some(name.clone()), hold: Some(hold), text });
-            };
-            match (was, outcome) {
-                (None, Judgement::NotHeld | Judgement::Believed) => {}
-                (Some(kind), Judgement::Believed) => {
-                    note(NoticeKind::Believed, kind, format!("`{source}` keeps to what it says").into());
+            let (view, judgement) = watched.judge(name, reported, on_purpose, &rules);
+            let notice = judgement_notice(source, watched.held.take(), &judgement);
+            notices.extend(notice.map(|(kind, hold, text)| Notice {
+                kind,
+                service: Some(name.clone()),
+                hold: Some(hold),
+                text,
+            }));
+            if let Judgement::Held(change) = judgement {
+                // The reason of a fleet hold is one problem for the whole source, and the source itself reports
+                // why a service is unreadable.
+                let is_reported_already = change.kind == HoldKind::Fleet
+                    || (change.kind == HoldKind::Unreadable && change.has == 0);
+                if !is_reported_already && let Some(view) = &view {
+                    let place = view.registration.place.clone();
+                    problems.push(Problem::new(place, subject_of(name), &*change.because));
                 }
-                (Some(kind), Judgement::NotHeld) => {
-                    let text = match kind {
-                        HoldKind::Unhealthy => format!("`{source}` says that not all are unhealthy"),
-                        HoldKind::Unreadable => format!("what `{source}` says of it can be read again"),
-                        _ => format!("`{source}` names what was missing again"),
-                    };
-                    note(NoticeKind::Returned, kind, text.into());
-                }
-                (was, Judgement::Held(now)) => {
-                    if was != Some(now.kind) {
-                        note(NoticeKind::Held, now.kind, now.because.clone());
-                    }
-                    // The reason of a fleet hold is one problem for the whole source, and the source itself
-                    // reports why a service is unreadable.
-                    let is_said =
-                        now.kind == HoldKind::Fleet || (now.kind == HoldKind::Unreadable && now.has == 0);
-                    if !is_said && let Some(seen) = &seen {
-                        let place = seen.registration.place.clone();
-                        believed.problems.push(Problem::new(place, subject_of(name), &*now.because));
-                    }
-                    watched.held = Some(now.kind);
-                    held.push(now);
-                }
+                watched.held = Some(change.kind);
+                held.push(change);
             }
-            let Some(seen) = seen else { return false };
-            watched.served = seen.clone();
-            served.push((name.clone(), seen));
+            let Some(view) = view else { return false };
+            watched.served = view.clone();
+            served.push((name.clone(), view));
             true
         });
-        believed.services = served.into_iter().collect();
-        if held.iter().filter(|held| held.kind == HoldKind::Fleet).count() == 1 && fleet_hold.is_some() {
-            // The operator accepted every missing service one by one, which ends the fleet hold.
-            self.fleet.accept();
-            self.fleet_hold = None;
-            self.held.retain(|held| held.kind != HoldKind::Fleet);
+        Registrations { services: served.into_iter().collect(), problems, ..Registrations::default() }
+    }
+
+    fn fleet_change(&self, hold: &FleetHold) -> HeldChange {
+        HeldChange {
+            service: None,
+            kind: HoldKind::Fleet,
+            since: hold.since,
+            until: None,
+            had: hold.had,
+            has: self.reported.services.values().map(|view| view.registration.endpoints.len()).sum(),
+            confirmed: 0,
+            confirmations: 0,
+            because: hold.because.clone(),
         }
-        if let Some(hold) = &self.fleet_hold {
-            let subject = format!("discovery source `{}`", self.source);
-            believed.problems.push(Problem::new(Place::file(self.source.clone()), subject, &*hold.because));
-        }
-        believed
     }
 
     /// Returns the view to serve while the source is frozen.
@@ -630,6 +631,32 @@ impl Guard {
         text: impl Into<Arc<str>>,
     ) {
         self.notices.push(Notice { kind, service, hold, text: text.into() });
+    }
+}
+
+/// Returns the notice for the operator if the judgement of a service starts, changes or ends a hold. `was` is the
+/// hold before.
+fn judgement_notice(
+    source: &str,
+    was: Option<HoldKind>,
+    judgement: &Judgement,
+) -> Option<(NoticeKind, HoldKind, Arc<str>)> {
+    match (was, judgement) {
+        (Some(kind), Judgement::Believed) => {
+            Some((NoticeKind::Believed, kind, format!("`{source}` keeps to what it says").into()))
+        }
+        (Some(kind), Judgement::NotHeld) => {
+            let text = match kind {
+                HoldKind::Unhealthy => format!("`{source}` says that not all are unhealthy"),
+                HoldKind::Unreadable => format!("what `{source}` says of it can be read again"),
+                _ => format!("`{source}` names what was missing again"),
+            };
+            Some((NoticeKind::Returned, kind, text.into()))
+        }
+        (was, Judgement::Held(change)) if was != Some(change.kind) => {
+            Some((NoticeKind::Held, change.kind, change.because.clone()))
+        }
+        _ => None,
     }
 }
 

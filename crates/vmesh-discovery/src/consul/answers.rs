@@ -226,18 +226,7 @@ impl<R: Resolve> ConsulSource<R> {
                 return;
             }
             Ok(answer) => answer,
-            Err(error) => {
-                watched.cursor.on_failure(now);
-                watched.failures += 1;
-                // A single failure may be a server that restarts: by the second, another server has taken
-                // over.
-                if watched.failures > 1 || watched.read.is_none() {
-                    watched.failure = Some(chain(&error).into());
-                    self.update_service(&key.1);
-                    self.schedule_view(now);
-                }
-                return;
-            }
+            Err(error) => return self.service_failed(key, &error, now),
         };
         let seen = watched.cursor.last_index();
         if !Self::accept_answer(&mut watched.cursor, &answer.meta, was_strong, max_stale, now, &self.counters)
@@ -251,55 +240,18 @@ impl<R: Resolve> ConsulSource<R> {
             return;
         }
         watched.failures = 0;
-        let was_empty = watched.empty_answers;
         let is_empty = match &answer.value {
             Some(read) => read.listed == 0,
             None => watched.empty_answers > 0,
         };
         if is_empty {
-            watched.empty_answers += 1;
-            if !watched.listed && !answer.meta.filtered {
-                // The answer is unfiltered, so the service really has no instances.
-                self.plan.forget(key);
-                self.recount_kept_bytes();
-                self.update_service(&key.1);
-                self.schedule_view(now);
-                return;
-            }
-            if was_empty == 0 && watched.listed && !answer.meta.filtered {
-                watched.cursor.start_over(now + EMPTY_AGAIN);
-                return;
-            }
-            let where_it_is = if watched.listed { "lists it" } else { "hides something from this token" };
-            let why: Arc<str> = format!("Consul {where_it_is}, and shows no instance of it: {RIGHTS}").into();
-            // The query is retried with a back-off instead of blocking, because nothing was learnt.
-            watched.cursor.on_failure(now);
-            if watched.failure.as_ref() != Some(&why) {
-                watched.failure = Some(why);
-                self.update_service(&key.1);
-                self.schedule_view(now);
-            }
-            return;
+            return self.handle_no_instances(key, answer.meta.filtered, now);
         }
         watched.empty_answers = 0;
-        let had_bytes = watched.read.as_ref().map_or(0, |read| read.bytes);
-        if let Some(read) = &answer.value
-            && (self.kept_bytes + read.bytes).saturating_sub(had_bytes) > self.max_kept
-        {
-            let why = format!(
-                "Consul's answers have more than {} bytes together, which is more than is kept: see what its services \
-                 register (`services.include` chooses those that are wanted)",
-                self.max_kept
-            );
-            watched.cursor.on_rejected(now);
-            watched.failure = Some(why.into());
-            self.update_service(&key.1);
-            self.schedule_view(now);
+        if answer.value.as_ref().is_some_and(|read| !self.count_kept_bytes(key, read, now)) {
             return;
         }
-        if let Some(read) = &answer.value {
-            self.kept_bytes = (self.kept_bytes + read.bytes).saturating_sub(had_bytes);
-        }
+        let Some(watched) = self.plan.services.get_mut(key) else { return };
         watched.failure = None;
         let is_news = match answer.value {
             Some(read) if watched.read.as_deref() == Some(&read) => false,
@@ -313,6 +265,70 @@ impl<R: Resolve> ConsulSource<R> {
             self.update_service(&key.1);
             self.schedule_view(now);
         }
+    }
+
+    /// Records that a service could not be read.
+    fn service_failed(&mut self, key: &ServiceKey, error: &ConsulError, now: Instant) {
+        let Some(watched) = self.plan.services.get_mut(key) else { return };
+        watched.cursor.on_failure(now);
+        watched.failures += 1;
+        // A single failure may be a server that restarts: by the second, another server has taken over.
+        if watched.failures > 1 || watched.read.is_none() {
+            watched.failure = Some(chain(error).into());
+            self.update_service(&key.1);
+            self.schedule_view(now);
+        }
+    }
+
+    /// Handles an answer without instances. `is_filtered`: the token may not see everything. If Consul lists the
+    /// service nevertheless, the known instances stay in use.
+    fn handle_no_instances(&mut self, key: &ServiceKey, is_filtered: bool, now: Instant) {
+        let Some(watched) = self.plan.services.get_mut(key) else { return };
+        let is_first = watched.empty_answers == 0;
+        watched.empty_answers += 1;
+        if !watched.listed && !is_filtered {
+            // The answer is unfiltered, so the service really has no instances.
+            self.plan.forget(key);
+            self.recount_kept_bytes();
+            self.update_service(&key.1);
+            self.schedule_view(now);
+            return;
+        }
+        if is_first && watched.listed && !is_filtered {
+            watched.cursor.start_over(now + EMPTY_AGAIN);
+            return;
+        }
+        let where_it_is = if watched.listed { "lists it" } else { "hides something from this token" };
+        let why: Arc<str> = format!("Consul {where_it_is}, and shows no instance of it: {RIGHTS}").into();
+        // The query is retried with a back-off instead of blocking, because nothing was learnt.
+        watched.cursor.on_failure(now);
+        if watched.failure.as_ref() != Some(&why) {
+            watched.failure = Some(why);
+            self.update_service(&key.1);
+            self.schedule_view(now);
+        }
+    }
+
+    /// Counts the bytes of `read` in place of those of the service's previous answer. Rejects the answer and returns
+    /// `false` if all answers together would have too many bytes.
+    fn count_kept_bytes(&mut self, key: &ServiceKey, read: &ServiceInstances, now: Instant) -> bool {
+        let Some(watched) = self.plan.services.get_mut(key) else { return false };
+        let had_bytes = watched.read.as_ref().map_or(0, |read| read.bytes);
+        let kept_bytes = (self.kept_bytes + read.bytes).saturating_sub(had_bytes);
+        if kept_bytes <= self.max_kept {
+            self.kept_bytes = kept_bytes;
+            return true;
+        }
+        let why = format!(
+            "Consul's answers have more than {} bytes together, which is more than is kept: see what its services \
+             register (`services.include` chooses those that are wanted)",
+            self.max_kept
+        );
+        watched.cursor.on_rejected(now);
+        watched.failure = Some(why.into());
+        self.update_service(&key.1);
+        self.schedule_view(now);
+        false
     }
 
     /// Counts the bytes of all answers that are kept, after services were removed.

@@ -5,6 +5,17 @@
 
 use super::*;
 
+/// The answers of all datacenters about one service.
+#[derive(Default)]
+struct ServiceReads {
+    /// The instances in each datacenter, as last read or as known before a restart.
+    reads: Vec<Arc<ServiceInstances>>,
+    /// The reason why an answer is missing or outdated.
+    stale_because: Option<Arc<str>>,
+    /// Some datacenter was neither read nor known before a restart.
+    is_unread: bool,
+}
+
 impl<R: Resolve> ConsulSource<R> {
     pub(super) fn schedule_view(&mut self, now: Instant) {
         self.view_at.get_or_insert(now + SETTLE);
@@ -22,11 +33,11 @@ impl<R: Resolve> ConsulSource<R> {
 
     /// Updates the statement about one service, at the cost of that service alone.
     pub(super) fn update_service(&mut self, name: &ServiceName) {
-        let (told, problems) = self.merge_service(name);
-        match told {
-            Some(told) => {
-                self.assembler.request_names([&told], true);
-                self.statement.services.insert(name.clone(), told);
+        let (statement, problems) = self.merge_service(name);
+        match statement {
+            Some(statement) => {
+                self.assembler.request_names([&statement], true);
+                self.statement.services.insert(name.clone(), statement);
             }
             None => {
                 self.statement.services.remove(name);
@@ -40,76 +51,27 @@ impl<R: Resolve> ConsulSource<R> {
         }
     }
 
+    /// Merges the answers of all datacenters into the statement about one service. Returns its problems, too.
     pub(super) fn merge_service(&mut self, name: &ServiceName) -> (Option<ServiceStatement>, Vec<Problem>) {
         self.unusable.remove(name);
         self.left_out.remove(name);
         let restored = self.last_good.get(name).cloned();
-        let (mut reads, mut stale_because, mut unread): (Vec<Arc<ServiceInstances>>, Option<Arc<str>>, bool) =
-            (Vec::new(), None, false);
-        for (at, dc) in self.plan.datacenters.iter().enumerate() {
-            let watched = self.plan.services.get(&(at, name.clone()));
-            let failure = watched.and_then(|watched| watched.failure.as_ref()).or(dc.failure.as_ref());
-            match watched.map(|watched| watched.read.clone()) {
-                Some(Some(read)) => reads.push(read),
-                // The catalogue of this datacenter has not been read, so the service may exist there.
-                None if dc.has_listed => continue,
-                _ => {
-                    let known =
-                        restored.as_ref().zip(dc.name.as_ref()).filter(|_| self.plan.datacenters.len() > 1);
-                    match known {
-                        Some((registration, dc)) => {
-                            reads.push(Arc::new(restored_instances(registration, dc)))
-                        }
-                        None => unread = true,
-                    }
-                    if restored.is_none() && watched.is_none() {
-                        continue;
-                    }
-                    let waiting = "Consul has not said anything of it since the start";
-                    stale_because.get_or_insert_with(|| failure.cloned().unwrap_or_else(|| waiting.into()));
-                }
-            }
-            if let Some(failure) = failure {
-                stale_because.get_or_insert_with(|| failure.clone());
-            }
-        }
-        let mut problems = Vec::new();
-        let place = || Place::file(format!("{}/{name}", self.name));
+        let ServiceReads { reads, mut stale_because, is_unread } =
+            self.collect_reads(name, restored.as_ref());
         if reads.is_empty() {
-            if !unread {
-                return (None, problems);
-            }
-            let told = restored.map(|restored| ServiceStatement {
-                content: ServiceContent::Restored(restored),
-                stale_because: stale_because.clone(),
-                partial_because: None,
-            });
-            let has_failed = self.plan.datacenters.iter().enumerate().any(|(at, _)| {
-                self.plan.services.get(&(at, name.clone())).is_some_and(|watched| watched.failure.is_some())
-            });
-            if let (true, Some(because)) = (has_failed, stale_because) {
-                if told.is_none() {
-                    self.unusable.insert(name.clone(), format!("service `{name}`: {because}").into());
-                }
-                let outcome = if told.is_some() { "what was known stays" } else { "nothing is known of it" };
-                problems.push(Problem::new(place(), subject_of(name), format!("{because}; {outcome}")));
-            }
-            return (told, problems);
+            return match is_unread {
+                true => self.merge_unread(name, restored, stale_because),
+                false => (None, Vec::new()),
+            };
         }
         let read: Vec<&ServiceInstances> = reads.iter().map(|read| &**read).collect();
         let parsed = combine(&self.name, name, &read);
-        problems.extend(parsed.problems);
-        if let (true, Some(because)) =
-            (self.plan.datacenters.len() > 1 || stale_because.is_some(), &stale_because)
-        {
-            problems.push(Problem::new(
-                place(),
-                subject_of(name),
-                format!("{because}; what was known stays"),
-            ));
+        let mut problems = parsed.problems;
+        if let Some(because) = &stale_because {
+            problems.push(self.problem_of(name, format!("{because}; what was known stays")));
         }
         let before = self.parsed.get(name).cloned();
-        let known = match parsed.services.into_iter().next() {
+        let content = match parsed.services.into_iter().next() {
             Some(service) if service.endpoints.is_empty() => return (None, problems),
             Some(service) => match before {
                 Some(before) if *before == service => ServiceContent::Parsed(before),
@@ -126,19 +88,82 @@ impl<R: Resolve> ConsulSource<R> {
                     (Some(before), _) => ServiceContent::Parsed(before),
                     (None, Some(restored)) => ServiceContent::Restored(restored),
                     (None, None) => {
-                        let why =
-                            problems.first().map(|problem| problem.message.as_str()).unwrap_or(unusable);
+                        let why = problems.first().map_or(unusable, |problem| problem.message.as_str());
                         self.left_out.insert(name.clone(), format!("service `{name}`: {why}").into());
                         return (None, problems);
                     }
                 }
             }
         };
-        let partial_because = match &known {
+        let partial_because = match &content {
             ServiceContent::Parsed(service) => service.partial_because.clone(),
             ServiceContent::Restored(_) => None,
         };
-        (Some(ServiceStatement { content: known, stale_because, partial_because }), problems)
+        (Some(ServiceStatement { content, stale_because, partial_because }), problems)
+    }
+
+    /// Collects what each datacenter answered about a service. `restored` is its registration from before a restart,
+    /// used for datacenters that have not been read since.
+    fn collect_reads(&self, name: &ServiceName, restored: Option<&Arc<Registration>>) -> ServiceReads {
+        let mut all = ServiceReads::default();
+        for (at, dc) in self.plan.datacenters.iter().enumerate() {
+            let watched = self.plan.services.get(&(at, name.clone()));
+            let failure = watched.and_then(|watched| watched.failure.as_ref()).or(dc.failure.as_ref());
+            match watched.map(|watched| watched.read.clone()) {
+                Some(Some(read)) => all.reads.push(read),
+                // The catalogue of this datacenter was read, and the service is not in it.
+                None if dc.has_listed => continue,
+                _ => {
+                    let known = restored.zip(dc.name.as_ref()).filter(|_| self.plan.datacenters.len() > 1);
+                    match known {
+                        Some((registration, dc)) => {
+                            all.reads.push(Arc::new(restored_instances(registration, dc)))
+                        }
+                        None => all.is_unread = true,
+                    }
+                    if restored.is_none() && watched.is_none() {
+                        continue;
+                    }
+                    let waiting = "Consul has not said anything of it since the start";
+                    all.stale_because
+                        .get_or_insert_with(|| failure.cloned().unwrap_or_else(|| waiting.into()));
+                }
+            }
+            if let Some(failure) = failure {
+                all.stale_because.get_or_insert_with(|| failure.clone());
+            }
+        }
+        all
+    }
+
+    /// Returns the statement about a service that no datacenter has answered about since the start.
+    fn merge_unread(
+        &mut self,
+        name: &ServiceName,
+        restored: Option<Arc<Registration>>,
+        stale_because: Option<Arc<str>>,
+    ) -> (Option<ServiceStatement>, Vec<Problem>) {
+        let statement = restored.map(|restored| ServiceStatement {
+            content: ServiceContent::Restored(restored),
+            stale_because: stale_because.clone(),
+            partial_because: None,
+        });
+        let has_failed = self.plan.datacenters.iter().enumerate().any(|(at, _)| {
+            self.plan.services.get(&(at, name.clone())).is_some_and(|watched| watched.failure.is_some())
+        });
+        let mut problems = Vec::new();
+        if let (true, Some(because)) = (has_failed, stale_because) {
+            if statement.is_none() {
+                self.unusable.insert(name.clone(), format!("service `{name}`: {because}").into());
+            }
+            let outcome = if statement.is_some() { "what was known stays" } else { "nothing is known of it" };
+            problems.push(self.problem_of(name, format!("{because}; {outcome}")));
+        }
+        (statement, problems)
+    }
+
+    fn problem_of(&self, name: &ServiceName, message: String) -> Problem {
+        Problem::new(Place::file(format!("{}/{name}", self.name)), subject_of(name), message)
     }
 
     /// Reports whether a datacenter has neither been read nor known before a restart.

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 use vmesh_model::strict::read;
 use vmesh_model::yaml::{Node, short};
-use vmesh_model::{Labels, Problem, ServiceName};
+use vmesh_model::{Labels, Place, Problem, ServiceName};
 
 use super::consul::protocol as protocol_of;
 use super::{FileFailure, Input, ParseResult, ParsedService, RawWeight, Record, named_by_file, subject_of};
@@ -88,54 +88,14 @@ fn read_group(
         read(input.file, input.file, node, None).map_err(|problems| (FileFailure::NotRead, problems))?;
     let given = labels.unwrap_or_default().into_iter();
     let mut labels: Labels = given.filter_map(|(name, value)| Some((name, value?))).collect();
-    let place = node.place(input.file);
-    let label = |name: &str| node.find(input.file, &["labels".into(), name.into()]);
-    let service = match take(&mut labels, &["service", "job"]) {
-        Some((key, name)) => match name.parse() {
-            Ok(name) => ParsedService::new(name, place),
-            Err(wrong) => {
-                // An invalid name was never that of a service, so no other service is in doubt.
-                let message =
-                    format!("the label `{key}` names the service, and {wrong}; this group is left out");
-                parsed.add_problem(label(key), input.file.clone(), message);
-                return Ok(());
-            }
-        },
-        None => {
-            let named = named_by_file(input).map_err(|problem| (FileFailure::MisnamedFile, vec![problem]))?;
-            ParsedService { place, ..named }
-        }
-    };
-    let service = ParsedService { is_shared: true, ..service };
+    let Some(service) = group_service(node, input, &mut labels, parsed)? else { return Ok(()) };
     let subject = subject_of(&service.name);
     let building = services.entry(service.name.clone()).or_insert_with(|| ServiceBuilder {
         service,
         records: Vec::new(),
         bad: 0,
     });
-
-    let protocol = match take(&mut labels, &["protocol", "__scheme__"]) {
-        None => None,
-        // An instance that is scraped by https speaks TLS to every caller.
-        Some((key, text)) => {
-            let protocol = protocol_of(&text);
-            if protocol.is_none() {
-                let message =
-                    format!("`{}` is not a protocol that is known here; it is ignored", short(&text));
-                parsed.add_problem(label(key), subject.clone(), message);
-            }
-            protocol
-        }
-    };
-    match (building.service.protocol, protocol) {
-        (None, given) => building.service.protocol = given,
-        (Some(first), Some(other)) if first != other => {
-            let line = building.service.place.line;
-            let message = format!("{other} here and {first} in line {line}: the first counts");
-            parsed.add_problem(node.place(input.file), subject.clone(), message);
-        }
-        _ => {}
-    }
+    read_protocol(node, input, &mut labels, &mut building.service, parsed);
     let zone = take(&mut labels, &["zone", "az"]).map(|(_, zone)| zone);
     let version = take(&mut labels, &["version"]).map(|(_, version)| version);
     let mut weight = None;
@@ -143,7 +103,8 @@ fn read_group(
         match RawWeight::parse(&text) {
             Ok(share) => weight = Some(share),
             Err(wrong) => {
-                parsed.add_problem(label(key), subject.clone(), format!("{wrong}; it is ignored"));
+                let place = place_of_label(node, input, key);
+                parsed.add_problem(place, subject.clone(), format!("{wrong}; it is ignored"));
             }
         }
     }
@@ -167,6 +128,64 @@ fn read_group(
         }
     }
     Ok(())
+}
+
+fn place_of_label(node: &Node, input: &Input<'_>, name: &str) -> Place {
+    node.find(input.file, &["labels".into(), name.into()])
+}
+
+/// Returns the service of a group, or `None` if its name is invalid.
+fn group_service(
+    node: &Node,
+    input: &Input<'_>,
+    labels: &mut Labels,
+    parsed: &mut ParseResult,
+) -> Result<Option<ParsedService>, (FileFailure, Vec<Problem>)> {
+    let place = node.place(input.file);
+    let service = match take(labels, &["service", "job"]) {
+        Some((key, name)) => match name.parse() {
+            Ok(name) => ParsedService::new(name, place),
+            Err(wrong) => {
+                // An invalid name was never that of a service, so no other service is in doubt.
+                let message =
+                    format!("the label `{key}` names the service, and {wrong}; this group is left out");
+                parsed.add_problem(place_of_label(node, input, key), input.file.clone(), message);
+                return Ok(None);
+            }
+        },
+        None => {
+            let named = named_by_file(input).map_err(|problem| (FileFailure::MisnamedFile, vec![problem]))?;
+            ParsedService { place, ..named }
+        }
+    };
+    Ok(Some(ParsedService { is_shared: true, ..service }))
+}
+
+/// Takes the protocol of a group for its service. The first group with a protocol decides.
+fn read_protocol(
+    node: &Node,
+    input: &Input<'_>,
+    labels: &mut Labels,
+    service: &mut ParsedService,
+    parsed: &mut ParseResult,
+) {
+    // An instance that is scraped by https speaks TLS to every caller.
+    let Some((key, text)) = take(labels, &["protocol", "__scheme__"]) else { return };
+    let protocol = protocol_of(&text);
+    let subject = subject_of(&service.name);
+    match (service.protocol, protocol) {
+        (_, None) => {
+            let message = format!("`{}` is not a protocol that is known here; it is ignored", short(&text));
+            parsed.add_problem(place_of_label(node, input, key), subject, message);
+        }
+        (None, given) => service.protocol = given,
+        (Some(first), Some(other)) if first != other => {
+            let line = service.place.line;
+            let message = format!("{other} here and {first} in line {line}: the first counts");
+            parsed.add_problem(node.place(input.file), subject, message);
+        }
+        _ => {}
+    }
 }
 
 /// Removes all of `names` from `labels`, since they mean the same, and returns the first one that is present.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 use vmesh_model::strict::read;
+use vmesh_model::yaml::Node;
 use vmesh_model::{Address, Health, Host, Labels, Problem};
 
 use super::{FileFailure, Input, ParseResult, RawWeight, Record, named_by_file, subject_of};
@@ -60,54 +61,63 @@ pub fn parse(input: &Input<'_>) -> ParseResult {
             )]);
         };
         for item in items {
-            let place = item.place(input.file);
-            let SynapseInstance { host, port, weight, labels, disabled, haproxy_server_options } =
-                match read(input.file, &subject, item, None) {
-                    Ok(instance) => instance,
-                    Err(problems) => {
-                        bad += 1;
-                        let mut problems = problems.into_iter();
-                        if let Some(first) = problems.next() {
-                            parsed.add_bad_record(first.place, &subject, first.message);
-                        }
-                        parsed.problems.extend(problems);
-                        continue;
-                    }
-                };
-            // A `null` value is ignored, since synapse itself writes it.
-            let given = labels.unwrap_or_default().into_iter();
-            let mut labels: Labels = given.filter_map(|(name, value)| Some((name, value?.into()))).collect();
-            let weight = weight.and_then(|text| match RawWeight::parse(&text) {
-                Ok(share) => Some(share),
-                Err(wrong) => {
-                    let at = item.find(input.file, &["weight".into()]);
-                    parsed.add_problem(at, subject.clone(), format!("{wrong}; it is ignored"));
-                    None
-                }
-            });
-            let is_disabled =
-                disabled == Some(true) || haproxy_server_options.as_deref().is_some_and(is_disabled);
-            let address =
-                vmesh_model::endpoint::parse_port(&port).map_err(|wrong| ("port", wrong)).and_then(|port| {
-                    Ok(Address { host: Host::parse(&host).map_err(|wrong| ("host", wrong))?, port })
-                });
-            match address {
-                Ok(address) => records.push(Record {
-                    weight,
-                    health: if is_disabled { Health::Draining } else { Health::Unknown },
-                    zone: labels.remove("az").or_else(|| labels.remove("zone")),
-                    version: labels.remove("version"),
-                    labels,
-                    ..Record::new(address, place)
-                }),
-                Err((field, wrong)) => {
-                    bad += 1;
-                    parsed.add_bad_record(item.find(input.file, &[field.into()]), &subject, wrong);
-                }
+            match read_instance(item, input, &subject, &mut parsed) {
+                Some(record) => records.push(record),
+                None => bad += 1,
             }
         }
     }
     let default = if records.iter().any(|record| record.weight.is_some()) { DEFAULT_WEIGHT } else { 1.0 };
     parsed.add_service(service, records, bad, default);
     parsed.finish()
+}
+
+/// Reads one instance. Records the problems and returns `None` if the instance is a bad record.
+fn read_instance(
+    item: &Node,
+    input: &Input<'_>,
+    subject: &Arc<str>,
+    parsed: &mut ParseResult,
+) -> Option<Record> {
+    let instance = match read(input.file, subject, item, None) {
+        Ok(instance) => instance,
+        Err(problems) => {
+            let mut problems = problems.into_iter();
+            if let Some(first) = problems.next() {
+                parsed.add_bad_record(first.place, subject, first.message);
+            }
+            parsed.problems.extend(problems);
+            return None;
+        }
+    };
+    let SynapseInstance { host, port, weight, labels, disabled, haproxy_server_options } = instance;
+    // A `null` value is ignored, since synapse itself writes it.
+    let given = labels.unwrap_or_default().into_iter();
+    let mut labels: Labels = given.filter_map(|(name, value)| Some((name, value?.into()))).collect();
+    let weight = weight.and_then(|text| match RawWeight::parse(&text) {
+        Ok(share) => Some(share),
+        Err(wrong) => {
+            let place = item.find(input.file, &["weight".into()]);
+            parsed.add_problem(place, subject.clone(), format!("{wrong}; it is ignored"));
+            None
+        }
+    });
+    let is_disabled = disabled == Some(true) || haproxy_server_options.as_deref().is_some_and(is_disabled);
+    let address = vmesh_model::endpoint::parse_port(&port)
+        .map_err(|wrong| ("port", wrong))
+        .and_then(|port| Ok(Address { host: Host::parse(&host).map_err(|wrong| ("host", wrong))?, port }));
+    match address {
+        Ok(address) => Some(Record {
+            weight,
+            health: if is_disabled { Health::Draining } else { Health::Unknown },
+            zone: labels.remove("az").or_else(|| labels.remove("zone")),
+            version: labels.remove("version"),
+            labels,
+            ..Record::new(address, item.place(input.file))
+        }),
+        Err((field, wrong)) => {
+            parsed.add_bad_record(item.find(input.file, &[field.into()]), subject, wrong);
+            None
+        }
+    }
 }

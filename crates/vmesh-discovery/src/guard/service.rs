@@ -203,16 +203,8 @@ impl GuardedService {
         {
             return (Some(reported.clone()), Judgement::NotHeld);
         }
-        let target: &[Endpoint] =
-            reported.map(|reported| &*reported.registration.endpoints).unwrap_or_default();
-        let was_ill = self.health.pending_since.is_some();
-        self.health.update(target, &self.served.registration.endpoints, config.confirm_unhealthy, now);
-        let mut believed = was_ill && self.health.pending_since.is_none() && self.health.is_believed;
-        let target: Cow<'_, [Endpoint]> = match self.health.pending_since {
-            Some(_) => self.health.with_previous_health(target).into(),
-            None => target.into(),
-        };
-
+        let listed = reported.map(|reported| &*reported.registration.endpoints).unwrap_or_default();
+        let (target, mut is_believed) = self.judge_health(listed, rules);
         if let Some(reported) = reported.filter(|reported| reported.extent != Extent::Whole) {
             return self.judge_unreadable(name, reported, &target, rules);
         }
@@ -220,13 +212,61 @@ impl GuardedService {
             self.restart_holds(now);
         }
         let on_purpose = on_purpose || reported.is_some_and(|reported| reported.empty_on_purpose);
-        // The removal of a draining endpoint is expected, so it does not count as a loss.
-        let counts =
-            |endpoints: &[Endpoint]| endpoints.iter().filter(|e| e.health != Health::Draining).count();
-        let peak = self.peak.unwrap_or_else(|| counts(&self.served.registration.endpoints));
-        let before = self.most_lost.as_ref().map_or(peak, |(_, of)| *of);
-        self.peak = Some(peak.max(counts(&target)));
         let excused = target.is_empty() && on_purpose;
+        let before = self.track_losses(&target, excused, config, now);
+        if let Some((pending, hold, kind)) = self.pending_removal(reported, config) {
+            if rules.fleet.is_some() || !pending.is_over(hold, config, now) {
+                let held = self.hold_removal(name, reported, &target, before, (pending, hold, kind), rules);
+                self.update_missing(&target, now);
+                return held_view(self.merge_served(reported, &target, |_| true), held);
+            }
+            is_believed = true;
+            self.peak = Some(count_undrained(&target));
+        }
+        self.all_lost = None;
+        self.most_lost = None;
+        let outcome = if is_believed { Judgement::Believed } else { Judgement::NotHeld };
+        let Some(reported) = reported else { return (None, outcome) };
+        if excused {
+            self.missing.clear();
+            self.peak = None;
+            return (Some(reported.clone()), outcome);
+        }
+        let seen = self.serve_with_missing(reported, &target, rules);
+        match self.hold_fleet_or_health(name, target.len(), rules) {
+            Some(held) => held_view(seen, held),
+            None => (Some(seen), outcome),
+        }
+    }
+
+    /// Judges the health of the listed endpoints. Returns them with the health to serve, and whether a held change
+    /// of health is believed from now on.
+    fn judge_health<'a>(
+        &mut self,
+        listed: &'a [Endpoint],
+        rules: &JudgementContext<'_>,
+    ) -> (Cow<'a, [Endpoint]>, bool) {
+        let was_held = self.health.pending_since.is_some();
+        let window = rules.config.confirm_unhealthy;
+        self.health.update(listed, &self.served.registration.endpoints, window, rules.now);
+        match self.health.pending_since {
+            Some(_) => (self.health.with_previous_health(listed).into(), false),
+            None => (listed.into(), was_held && self.health.is_believed),
+        }
+    }
+
+    /// Starts, continues or ends the pending removals of the whole service and of a large part of it. Returns the
+    /// number of endpoints before the loss. `excused`: the service is empty on purpose.
+    fn track_losses(
+        &mut self,
+        target: &[Endpoint],
+        excused: bool,
+        config: &GuardConfig,
+        now: Instant,
+    ) -> usize {
+        let peak = self.peak.unwrap_or_else(|| count_undrained(&self.served.registration.endpoints));
+        let before = self.most_lost.as_ref().map_or(peak, |(_, of)| *of);
+        self.peak = Some(peak.max(count_undrained(target)));
         let all_lost = target.is_empty() && before > 0 && !excused;
         #[expect(clippy::cast_precision_loss, reason = "no service has 2^52 endpoints")]
         let most_lost = before >= config.shrink_min
@@ -235,47 +275,46 @@ impl GuardedService {
         self.all_lost = all_lost.then(|| self.all_lost.take().unwrap_or_else(|| PendingRemoval::since(now)));
         self.most_lost =
             most_lost.then(|| self.most_lost.take().unwrap_or_else(|| (PendingRemoval::since(now), before)));
+        before
+    }
 
-        if let Some((pending, hold, kind)) = self.pending_removal(reported, config) {
-            if rules.fleet.is_some() || !pending.is_over(hold, config, now) {
-                let held = self.hold_removal(name, reported, &target, before, (pending, hold, kind), rules);
-                self.update_missing(&target, now);
-                let served = self.merge_served(reported, &target, |_| true);
-                let because = Some(held.because.clone());
-                return (Some(ServiceView { state: State::Held, because, ..served }), Judgement::Held(held));
-            }
-            believed = true;
-            self.peak = Some(counts(&target));
-        }
-        self.all_lost = None;
-        self.most_lost = None;
-        let outcome = |believed: bool| if believed { Judgement::Believed } else { Judgement::NotHeld };
-        let Some(reported) = reported else { return (None, outcome(believed)) };
-        if excused {
-            self.missing.clear();
-            self.peak = None;
-            return (Some(reported.clone()), outcome(believed));
-        }
+    /// Returns the listed endpoints with those whose removal is too recent to be believed.
+    fn serve_with_missing(
+        &mut self,
+        reported: &ServiceView,
+        target: &[Endpoint],
+        rules: &JudgementContext<'_>,
+    ) -> ServiceView {
         // This includes a removal confirmed as a whole: its last endpoint may have disappeared only a moment
         // ago.
-        self.update_missing(&target, now);
-        let (hold, fleet) = (config.removal_hold(), rules.fleet);
+        self.update_missing(target, rules.now);
+        let (hold, is_fleet) = (rules.config.removal_hold(), rules.fleet.is_some());
         let missing = std::mem::take(&mut self.missing);
         let stays = |endpoint: &Endpoint| {
             let since = missing.get(&endpoint.address);
-            let in_time = since.is_some_and(|since| fleet.is_some() || now < *since + hold);
+            let in_time = since.is_some_and(|since| is_fleet || rules.now < *since + hold);
             endpoint.health != Health::Draining && in_time
         };
-        let has = target.len();
-        let seen = self.merge_served(Some(reported), &target, stays);
+        let seen = self.merge_served(Some(reported), target, stays);
         let served = &seen.registration.endpoints;
         self.missing = missing;
         self.missing.retain(|address, _| find_endpoint(served, address).is_some());
         if self.missing.is_empty() {
             self.peak = None;
         }
-        let held = match (fleet, self.health.pending_since) {
-            (Some((because, since)), _) if !self.missing.is_empty() => HeldChange {
+        seen
+    }
+
+    /// Returns the hold of missing endpoints by the fleet hold of the source, or else the hold of their health. `has`
+    /// is the number of listed endpoints.
+    fn hold_fleet_or_health(
+        &self,
+        name: &ServiceName,
+        has: usize,
+        rules: &JudgementContext<'_>,
+    ) -> Option<HeldChange> {
+        match (rules.fleet, self.health.pending_since) {
+            (Some((because, since)), _) if !self.missing.is_empty() => Some(HeldChange {
                 service: Some(name.clone()),
                 kind: HoldKind::Fleet,
                 since,
@@ -285,12 +324,10 @@ impl GuardedService {
                 confirmed: 0,
                 confirmations: 0,
                 because: because.clone(),
-            },
-            (_, Some(since)) => self.hold_health(name, has, since, rules),
-            _ => return (Some(seen), outcome(believed)),
-        };
-        let because = Some(held.because.clone());
-        (Some(ServiceView { state: State::Held, because, ..seen }), Judgement::Held(held))
+            }),
+            (_, Some(since)) => Some(self.hold_health(name, has, since, rules)),
+            _ => None,
+        }
     }
 
     /// Judges a service that is unreadable, wholly or in part. Nothing that is served is removed.
@@ -503,6 +540,17 @@ impl GuardedService {
         // While a removal of the whole service is pending, single endpoints are not removed.
         [pending.or(missing), ill].into_iter().flatten().min()
     }
+}
+
+/// Returns the view to serve while `held` is held, and the judgement.
+fn held_view(view: ServiceView, held: HeldChange) -> (Option<ServiceView>, Judgement) {
+    let because = Some(held.because.clone());
+    (Some(ServiceView { state: State::Held, because, ..view }), Judgement::Held(held))
+}
+
+/// Counts the endpoints that are not draining. The removal of a draining endpoint is expected, so it is no loss.
+fn count_undrained(endpoints: &[Endpoint]) -> usize {
+    endpoints.iter().filter(|endpoint| endpoint.health != Health::Draining).count()
 }
 
 fn find_endpoint<'a>(endpoints: &'a [Endpoint], address: &SocketAddr) -> Option<&'a Endpoint> {

@@ -459,44 +459,8 @@ impl RootState {
             return None;
         }
         let bad = u64::try_from(read.bad()).unwrap_or(u64::MAX);
-        let subject: Arc<str> = path_name.clone();
-        let mut problems: Vec<Problem> = read.problems(&subject).collect();
-        let good = before.and_then(|before| before.good);
-        // A record that cannot be read now keeps its last good content.
-        let unreadable = records.unreadable.clone();
-        let unreadable =
-            unreadable.or_else(|| records.children.values().find_map(|node| node.unreadable.clone()));
-        let is_unread = unreadable.is_some();
-        let partial: Option<Arc<str>> = read.partial_reason().map(Into::into);
-        let known = match partial {
-            Some(why) if read.is_unusable() => {
-                let message = format!("{why}; what was known stays");
-                problems.push(Problem::new(Place::file(place), subject, message));
-                DirectoryState {
-                    path_name,
-                    good,
-                    failed: Some(why),
-                    is_unread,
-                    partial_because: None,
-                    problems,
-                }
-            }
-            partial_because => {
-                let good = match good {
-                    Some(before) if *before == read => before,
-                    _ => Arc::new(read),
-                };
-                DirectoryState {
-                    path_name,
-                    good: Some(good),
-                    failed: unreadable,
-                    is_unread,
-                    partial_because,
-                    problems,
-                }
-            }
-        };
-        Some((known, bad))
+        let known = before.and_then(|before| before.good);
+        Some((directory_state(read, known, records, path_name, place), bad))
     }
 
     /// Returns the service name for a path below the root: `a/b` becomes `a.b`, and the root itself gives its
@@ -506,6 +470,50 @@ impl RootState {
             return self.config.path.rsplit('/').next().unwrap_or_default().to_owned();
         }
         path.replace('/', ".")
+    }
+}
+
+/// Returns the state of the directory `records` after it was parsed to `read`. `known` is its last good content.
+fn directory_state(
+    read: DirectoryContent,
+    known: Option<Arc<DirectoryContent>>,
+    records: &Node,
+    path_name: Arc<str>,
+    place: String,
+) -> DirectoryState {
+    let mut problems: Vec<Problem> = read.problems(&path_name).collect();
+    // A record that cannot be read now keeps its last good content.
+    let unreadable_child = || records.children.values().find_map(|node| node.unreadable.clone());
+    let unreadable = records.unreadable.clone().or_else(unreadable_child);
+    let is_unread = unreadable.is_some();
+    let partial: Option<Arc<str>> = read.partial_reason().map(Into::into);
+    match partial {
+        Some(why) if read.is_unusable() => {
+            let message = format!("{why}; what was known stays");
+            problems.push(Problem::new(Place::file(place), path_name.clone(), message));
+            DirectoryState {
+                path_name,
+                good: known,
+                failed: Some(why),
+                is_unread,
+                partial_because: None,
+                problems,
+            }
+        }
+        partial_because => {
+            let good = match known {
+                Some(known) if *known == read => known,
+                _ => Arc::new(read),
+            };
+            DirectoryState {
+                path_name,
+                good: Some(good),
+                failed: unreadable,
+                is_unread,
+                partial_because,
+                problems,
+            }
+        }
     }
 }
 

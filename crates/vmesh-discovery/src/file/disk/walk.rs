@@ -118,60 +118,70 @@ impl Disk {
         // The entries are sorted, so that of two links to one directory the same one always counts.
         names.sort_by(|a, b| a.0.cmp(&b.0));
         for (name, file_type) in names {
-            let path = directory.join(&name);
-            if file_type.is_symlink() {
-                walk.watch_path(&path);
-            }
-            let metadata = std::fs::metadata(&path);
-            let text = name.to_string_lossy();
-            let is_directory = metadata.as_ref().map_or(file_type.is_dir(), Metadata::is_dir);
-            if !is_directory && self.config.format == Format::Auto && !is_read(&text) {
-                let message =
-                    "not read: the name of a discovery file ends in `.yaml`, `.yml`, `.json` or in nothing";
-                walk.problem(&path, message);
-                continue;
-            }
-            match metadata {
-                Ok(metadata) if metadata.is_dir() => {
-                    if walk.visited.contains(&(metadata.dev(), metadata.ino())) {
-                        continue;
-                    }
-                    if depth + 1 >= MAX_DEPTH {
-                        walk.problem(&path, &format!("not read: nested deeper than {MAX_DEPTH} directories"));
-                        continue;
-                    }
-                    let length = prefix.len();
-                    prefix.push_str(&text);
-                    prefix.push('.');
-                    if let Err(error) = self.walk_into(&path, &metadata, prefix, depth + 1, walk) {
-                        walk.unreadable.push((path, explain_error(&error)));
-                    }
-                    prefix.truncate(length);
-                }
-                // Opening a FIFO would block until somebody writes to it, and opening a device can have any
-                // effect.
-                Ok(metadata) if !metadata.is_file() => {
-                    walk.problem(&path, &format!("not read: it is a {}", kind_name(metadata.file_type())));
-                }
-                // The file was removed after its directory was read.
-                Err(error) if error.kind() == ErrorKind::NotFound && !file_type.is_symlink() => {}
-                // The content below this directory is unknown.
-                Err(error) if is_directory => walk.unreadable.push((path, explain_error(&error))),
-                metadata => {
-                    let (stem, is_yaml) = stem(&text);
-                    let name = format!("{prefix}{stem}");
-                    let stat = match metadata {
-                        Ok(metadata) => Ok((FileStat::of(&metadata), metadata.modified().ok())),
-                        Err(error) if error.kind() == ErrorKind::NotFound => {
-                            Err("a link to something that does not exist".to_owned())
-                        }
-                        Err(error) => Err(explain_error(&error)),
-                    };
-                    walk.files.push(FoundFile { path, name, is_yaml, stat });
-                }
-            }
+            self.walk_entry(directory.join(&name), &name, file_type, prefix, depth, walk);
         }
         Ok(())
+    }
+
+    /// Adds the entry `name` of a directory to the walk, with what is below it.
+    fn walk_entry(
+        &self,
+        path: PathBuf,
+        name: &OsStr,
+        file_type: FileType,
+        prefix: &mut String,
+        depth: usize,
+        walk: &mut DirectoryWalk,
+    ) {
+        if file_type.is_symlink() {
+            walk.watch_path(&path);
+        }
+        let metadata = std::fs::metadata(&path);
+        let text = name.to_string_lossy();
+        let is_directory = metadata.as_ref().map_or(file_type.is_dir(), Metadata::is_dir);
+        if !is_directory && self.config.format == Format::Auto && !is_read(&text) {
+            let message =
+                "not read: the name of a discovery file ends in `.yaml`, `.yml`, `.json` or in nothing";
+            return walk.problem(&path, message);
+        }
+        match metadata {
+            Ok(metadata) if metadata.is_dir() => {
+                if walk.visited.contains(&(metadata.dev(), metadata.ino())) {
+                    return;
+                }
+                if depth + 1 >= MAX_DEPTH {
+                    let message = format!("not read: nested deeper than {MAX_DEPTH} directories");
+                    return walk.problem(&path, &message);
+                }
+                let length = prefix.len();
+                prefix.push_str(&text);
+                prefix.push('.');
+                if let Err(error) = self.walk_into(&path, &metadata, prefix, depth + 1, walk) {
+                    walk.unreadable.push((path, explain_error(&error)));
+                }
+                prefix.truncate(length);
+            }
+            // Opening a FIFO would block until somebody writes to it, and opening a device can have any effect.
+            Ok(metadata) if !metadata.is_file() => {
+                walk.problem(&path, &format!("not read: it is a {}", kind_name(metadata.file_type())));
+            }
+            // The file was removed after its directory was read.
+            Err(error) if error.kind() == ErrorKind::NotFound && !file_type.is_symlink() => {}
+            // The content below this directory is unknown.
+            Err(error) if is_directory => walk.unreadable.push((path, explain_error(&error))),
+            metadata => {
+                let (stem, is_yaml) = stem(&text);
+                let name = format!("{prefix}{stem}");
+                let stat = match metadata {
+                    Ok(metadata) => Ok((FileStat::of(&metadata), metadata.modified().ok())),
+                    Err(error) if error.kind() == ErrorKind::NotFound => {
+                        Err("a link to something that does not exist".to_owned())
+                    }
+                    Err(error) => Err(explain_error(&error)),
+                };
+                walk.files.push(FoundFile { path, name, is_yaml, stat });
+            }
+        }
     }
 
     /// Checks whether the walk as a whole looks plausible.
