@@ -4,10 +4,9 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use super::{Action, AgentFacts, LogLevel, PathTest};
-use super::{
-    KernelRules, Lifecycle, Machine, PathCheck, Phase, Refresh, SAVE_DELAY, SaveFor, SessionsFor, Task,
-};
+use super::messages::{Action, AgentFacts, LogLevel, PathTest};
+use super::states::{KernelRules, Lifecycle, PathCheck, Phase, Refresh, SaveFor, SessionsFor, Task};
+use super::{Machine, SAVE_DELAY};
 use crate::confirm::{ProposalOutcome, is_routine};
 use crate::facts::Session;
 use crate::foreign;

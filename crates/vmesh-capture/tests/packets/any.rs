@@ -11,7 +11,7 @@ use vmesh_capture::spec::{
 };
 use vmesh_capture::{Host, Program, Spec, Stage};
 
-use crate::TestCgroup;
+use crate::cgroup::TestCgroup;
 use crate::vm::{BackendKind, Vm};
 
 fn percent() -> impl Strategy<Value = Percent> {

@@ -23,6 +23,13 @@ pub(crate) const NEVER: Duration = Duration::from_millis(400);
 /// The user id of Envoy.
 pub(crate) const ENVOY: u32 = 4000;
 
+/// Virtual addresses of both families.
+pub(crate) const VIPS: [&str; 2] = ["240.240.0.10:80", "[fdfe::10]:80"];
+
+pub(crate) fn vips() -> [SocketAddr; 2] {
+    VIPS.map(|vip| vip.parse().unwrap())
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum BackendKind {
     Nft,
@@ -155,6 +162,12 @@ impl Vm {
         let answers = self.a.within(|| (0..of).map(|_| who(connect(to))).collect::<Vec<_>>()).unwrap();
         assert!(answers.iter().all(|who| who == "app" || who == "envoy"), "{answers:?}");
         answers.iter().filter(|who| *who == "envoy").count()
+    }
+
+    /// Runs a shell script that changes rules like another program would.
+    pub(crate) fn damage(&self, script: &str) {
+        let path = format!("{}:/usr/bin:/bin", self.tools.dir.display());
+        printed(Command::new("sh").args(["-ec", script]).env("PATH", path));
     }
 }
 

@@ -2,12 +2,14 @@
 
 use std::time::Instant;
 
-use super::{
-    Action, AfterFootprint, ApplyResult, Attempt, DeadManTimers, Drift, KernelRules, Lifecycle, LogLevel,
-    Machine, RulesetChange, TargetRules,
+use super::messages::{Action, ApplyResult, DeadManTimers, LogLevel, RulesetChange};
+use super::states::{
+    AfterFootprint, Attempt, Drift, KernelRules, Lifecycle, Phase, Refresh, TargetRules, Task,
 };
-use super::{Phase, Refresh, TICK, Task, directions};
+use super::{Machine, TICK, directions};
+use crate::confirm::draining_program;
 use crate::host::Host;
+use crate::iptables::Footprint;
 use crate::program::{Directions, Program};
 use crate::spec::Spec;
 
@@ -83,6 +85,29 @@ impl Machine {
         }
     }
 
+    /// Saves the footprint before any rule is added.
+    pub(super) fn save_footprint(&mut self, next: AfterFootprint, result: Result<Option<Footprint>, String>) {
+        match result {
+            Ok(Some(footprint)) => {
+                self.commit.set_footprint(Some(footprint));
+                self.save(Phase::SavingFootprint(next));
+            }
+            Ok(None) => self.continue_with_footprint(next),
+            Err(why) => self.fail_attempt(next.attempt(), why),
+        }
+    }
+
+    pub(super) fn finish_saving_footprint(&mut self, next: AfterFootprint, result: Result<(), String>) {
+        match result {
+            Ok(()) => self.continue_with_footprint(next),
+            Err(why) => {
+                // The next attempt must save the footprint again, before any rule is added.
+                self.commit.set_footprint(None);
+                self.fail_attempt(next.attempt(), why);
+            }
+        }
+    }
+
     pub(super) fn continue_with_footprint(&mut self, next: AfterFootprint) {
         match next {
             AfterFootprint::Capture(goal) => {
@@ -115,6 +140,13 @@ impl Machine {
             self.log(LogLevel::Warn, note);
         }
         self.report.notes = notes;
+    }
+
+    pub(super) fn apply(&mut self, goal: Box<TargetRules>, well: Directions) {
+        // A change that fails may leave any part of itself in the kernel.
+        let before = std::mem::replace(&mut self.kernel, KernelRules::Unknown);
+        let (program, timeout) = (goal.program.clone(), goal.spec.dead_man.timeout);
+        self.await_result(Action::Apply { program, timeout, well }, Phase::Applying { goal, before, well });
     }
 
     pub(super) fn finish_apply(
@@ -179,6 +211,16 @@ impl Machine {
         self.report.drift = Drift { count, at: Some(now), what, by };
     }
 
+    /// Begins to remove the rules: those of other backends first.
+    pub(super) fn begin_removal(&mut self, attempt: Box<Attempt>, open: usize, now: Instant) {
+        let since = *self.leaving_since.get_or_insert(now);
+        let ipv6 = self.backend.is_some_and(|(_, ipv6)| ipv6);
+        let program = draining_program(open, since, now, self.drain, ipv6);
+        let footprint = self.commit.state().footprint.clone();
+        let action = Action::CleanOtherBackends { program: program.clone(), footprint };
+        self.await_result(action, Phase::CleaningOtherBackendsFirst { attempt, program, open });
+    }
+
     /// Drains or removes the rules of the backend in use. The rules of other backends were removed before.
     pub(super) fn drain_or_remove(&mut self, attempt: Box<Attempt>, program: Program, open: usize) {
         if program.is_absent() {
@@ -194,6 +236,41 @@ impl Machine {
             self.clear_report();
         } else {
             self.record_footprint(AfterFootprint::Drain { attempt, program, open });
+        }
+    }
+
+    pub(super) fn finish_draining(
+        &mut self,
+        attempt: Attempt,
+        program: Program,
+        open: usize,
+        applied: ApplyResult,
+    ) {
+        if let Err(why) = applied.outcome {
+            return self.fail_attempt(attempt, why);
+        }
+        if applied.changes.is_some() {
+            let text =
+                format!("nothing new is captured; {open} connections through redirects are left to end");
+            self.log(LogLevel::Info, text);
+        }
+        self.kernel = KernelRules::Has(program);
+        self.clear_report();
+    }
+
+    pub(super) fn finish_removal(&mut self, attempt: Attempt, result: Result<bool, String>) {
+        match result {
+            Ok(changed) => {
+                if changed {
+                    self.log(LogLevel::Info, "the host's rules are as they were before vmesh");
+                }
+                self.kernel = KernelRules::Absent;
+                self.leaving_since = None;
+                self.commit.set_footprint(None);
+                self.clear_report();
+                self.save(Phase::SavingRemoval);
+            }
+            Err(why) => self.fail_attempt(attempt, why),
         }
     }
 

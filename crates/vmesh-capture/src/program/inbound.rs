@@ -1,0 +1,102 @@
+//! Compiles the inbound chains.
+
+use std::collections::BTreeSet;
+
+use super::builder::ProgramBuilder;
+use super::ranges::{common_ports, ports_without, singles};
+use super::rules::{Chain, Hook, Match, Rule, Verdict, chain};
+use super::{ARRIVED, ARRIVING, Direction};
+use crate::spec::{BypassFilter, INBOUND_PORT, InboundCapture, OnLoss};
+
+impl ProgramBuilder<'_> {
+    pub(super) fn inbound(&mut self) {
+        let inbound = &self.spec.inbound;
+        let never: BTreeSet<u16> = self.ssh().into_iter().chain(self.own()).collect();
+        for (subject, ports) in [("inbound.ports", &inbound.ports), ("inbound.strict", &inbound.strict)] {
+            for port in never.iter().filter(|port| ports.iter().any(|ports| ports.contains(**port))) {
+                let whose = if self.own().contains(port) { "Envoy's or the agent's own" } else { "SSH" };
+                self.note(subject, format!("{port} is left out: it is {whose}"));
+            }
+        }
+        if let BypassFilter::Ports(ports) = &inbound.bypass_filter {
+            for ports in ports_without(ports, &inbound.ports) {
+                let message = format!("{ports} changes nothing: it is not among the ports that are captured");
+                self.note("inbound.bypass_filter", message);
+            }
+        }
+        let strict = &inbound.strict;
+        let captured =
+            if inbound.capture == InboundCapture::Off { BTreeSet::new() } else { inbound.ports.clone() };
+        // Strict ports are captured by the rule that does not lapse.
+        let closed = if inbound.on_loss == OnLoss::Closed {
+            captured.clone()
+        } else {
+            common_ports(&captured, strict)
+        };
+        let open = ports_without(&captured, &closed);
+        let mut rules = Vec::new();
+        for (name, ports, on_loss) in [("open", open, OnLoss::Open), ("closed", closed, OnLoss::Closed)] {
+            if !ports.is_empty() {
+                let mut when = vec![Match::ToThisHost, Match::Ports(ports)];
+                when.extend(self.alive(Direction::Inbound, on_loss));
+                rules.push((name, when));
+            }
+        }
+        let refusal = |then: Verdict, build: &Self| {
+            let mut when = vec![Match::ToThisHost, Match::Syn, Match::Ports(strict.clone())];
+            when.extend(build.alive(Direction::Inbound, OnLoss::Closed));
+            Rule { name: "strict".to_owned(), when, then }
+        };
+        match inbound.capture {
+            _ if rules.is_empty() => {}
+            InboundCapture::Off => {}
+            InboundCapture::Redirect => {
+                let mut chain = self.inbound_chain("inbound", Hook::Inbound);
+                for (name, when) in rules {
+                    chain.rule(name, when, Verdict::Redirect(INBOUND_PORT));
+                }
+                self.chains.push(chain);
+                for (name, hook) in [(ARRIVING, Hook::Arriving), (ARRIVED, Hook::Arrived)] {
+                    let mut counts = self::chain(name, hook);
+                    counts.rule("new", [Match::Redirected(INBOUND_PORT)], Verdict::Count);
+                    self.chains.push(counts);
+                }
+            }
+            InboundCapture::Tproxy => {
+                let mut chain = self.inbound_chain("inbound", Hook::Tproxy);
+                for (name, when) in rules {
+                    chain.rule(name, when, Verdict::Tproxy(INBOUND_PORT));
+                }
+                if !strict.is_empty() {
+                    // The refusal belongs into this chain. In the `input` chain, a packet that TPROXY sent to
+                    // Envoy would look the same.
+                    chain.rules.push(refusal(Verdict::Drop, self));
+                }
+                self.chains.push(chain);
+                return;
+            }
+        }
+        if !strict.is_empty() {
+            let mut chain = self.inbound_chain("strict", Hook::Strict);
+            chain.rules.push(refusal(Verdict::Reset, self));
+            self.chains.push(chain);
+        }
+    }
+
+    /// Creates an inbound chain, which begins with the traffic that is never captured.
+    fn inbound_chain(&self, name: &str, hook: Hook) -> Chain {
+        let mut chain = chain(name, hook);
+        chain.rule("loopback", [Match::InLoopback], Verdict::Return);
+        chain.ports("ssh", singles(&self.ssh()), Verdict::Return);
+        chain.ports("own", singles(&self.own()), Verdict::Return);
+        let exclude = &self.spec.inbound.exclude;
+        if !exclude.cidrs.is_empty() {
+            chain.rule("exclude_cidrs", [Match::Sources(exclude.cidrs.clone())], Verdict::Return);
+        }
+        if !exclude.interfaces.is_empty() {
+            let interfaces = exclude.interfaces.iter().map(ToString::to_string).collect();
+            chain.rule("exclude_interfaces", [Match::InInterfaces(interfaces)], Verdict::Return);
+        }
+        chain
+    }
+}
