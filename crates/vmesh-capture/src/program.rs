@@ -17,7 +17,7 @@ use builder::ProgramBuilder;
 pub use directions::{Direction, Directions};
 pub(crate) use ranges::{common_ports, is_family, merged_ports, outermost, ports_without};
 pub(crate) use rules::{Chain, Hook, Match, Rule, Verdict};
-use rules::{chain, hold};
+use rules::{chain_at, hold};
 
 use crate::host::Host;
 use crate::spec::{DeadMan, OUTBOUND_PORT, OutboundCapture, Seconds, Spec};
@@ -88,7 +88,7 @@ impl Program {
     /// Returns the program that captures nothing and keeps redirected connections alive. Apply it before
     /// [`Program::absent`], which resets them.
     pub fn drained(ipv6: bool) -> Program {
-        Program { chains: vec![chain("outbound", Hook::Outbound), hold()], alive: None, ipv6 }
+        Program { chains: vec![chain_at("outbound", Hook::Outbound), hold()], alive: None, ipv6 }
     }
 
     /// Reports whether this program may stay on a host that leaves the mesh: it has no rules, or only those
@@ -100,7 +100,7 @@ impl Program {
     /// Returns a program with every kind of rule, which captures no real traffic. It tests whether a kernel
     /// supports them.
     pub(crate) fn sample(ipv6: bool) -> Program {
-        let mut outbound = chain("outbound", Hook::Outbound);
+        let mut outbound = chain_at("outbound", Hook::Outbound);
         let nowhere = [SocketAddr::from(([0, 0, 0, 0], 1)), SocketAddr::from(([0_u16; 8], 1))];
         outbound.rule(
             "vips",

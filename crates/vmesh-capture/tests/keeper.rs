@@ -315,7 +315,7 @@ impl HostModel {
     }
 
     fn perform(&mut self, action: Action, failure: Option<Failure>) -> Option<Event> {
-        let is_done = !matches!(failure, Some(Failure::Undone | Failure::Unread));
+        let is_done = is_done(failure);
         if matches!(
             action,
             Action::Apply { .. }
@@ -334,13 +334,7 @@ impl HostModel {
                 Event::FilterRead(if failure.is_some() { unreadable() } else { self.filter() })
             }
             Action::TakeFootprint => {
-                let listing = match self.has_leftovers {
-                    true => {
-                        r#"{"nftables": [{"chain": {"family": "ip", "table": "nat", "name": "OUTPUT"}}]}"#
-                    }
-                    false => r#"{"nftables": []}"#,
-                };
-                Event::FootprintTaken(result(failure, Footprint::parse(&[listing])))
+                Event::FootprintTaken(result(failure, Footprint::parse(&[self.chains_of_iptables()])))
             }
             Action::Save(state) => {
                 if is_done {
@@ -356,25 +350,7 @@ impl HostModel {
             Action::CheckListeners(_) => Event::ListenersChecked(result(failure, ())),
             Action::TryPath(_) => Event::PathTried(result(failure, ())),
             Action::CountConnections => Event::ConnectionsCounted(self.open),
-            Action::Apply { program, .. } => {
-                self.check_before_apply(&program);
-                let is_absent_or_drained = program.is_absent_or_drained();
-                let then = if program.is_absent() { KernelState::None } else { KernelState::Are(program) };
-                if self.rules == then || failure == Some(Failure::Unread) {
-                    let outcome = result(failure, RulesetChange::Elements);
-                    return Some(Event::Applied(ApplyResult { changes: None, outcome }));
-                }
-                if self.is_bypassed && !is_absent_or_drained {
-                    let outcome = Ok(RulesetChange::Bypassed);
-                    return Some(Event::Applied(ApplyResult { changes: None, outcome }));
-                }
-                if is_done {
-                    self.has_leftovers = true;
-                    self.rules = if failure == Some(Failure::Half) { KernelState::Broken } else { then };
-                }
-                let outcome = result(failure, RulesetChange::Replaced);
-                Event::Applied(ApplyResult { changes: Some(vec!["~ all".to_owned()]), outcome })
-            }
+            Action::Apply { program, .. } => Event::Applied(self.apply(program, failure)),
             Action::CleanOtherBackends { program, .. } => {
                 if is_done && failure != Some(Failure::Half) && program.is_absent() {
                     self.has_others = false;
@@ -382,16 +358,7 @@ impl HostModel {
                 Event::OtherBackendsCleaned(result(failure, ()))
             }
             Action::RemoveRules { footprint } => {
-                let had = self.rules != KernelState::None;
-                if is_done {
-                    self.rules =
-                        if failure == Some(Failure::Half) { KernelState::Broken } else { KernelState::None };
-                    let clean = footprint.is_some_and(|before| before == Footprint::default());
-                    if clean && failure != Some(Failure::Half) {
-                        self.has_leftovers = false;
-                    }
-                }
-                Event::RulesRemoved(result(failure, had))
+                Event::RulesRemoved(result(failure, self.remove_rules(footprint, failure)))
             }
             Action::SetTimers(dead_man_timers) => {
                 self.ordered = dead_man_timers;
@@ -400,6 +367,45 @@ impl HostModel {
             Action::ForgetRules | Action::Watch(_) | Action::Log(..) => return None,
             Action::Reply(_) | Action::Exit => return None,
         })
+    }
+
+    /// Lists the chains that iptables leaves behind, as nft prints them.
+    fn chains_of_iptables(&self) -> &'static str {
+        match self.has_leftovers {
+            true => r#"{"nftables": [{"chain": {"family": "ip", "table": "nat", "name": "OUTPUT"}}]}"#,
+            false => r#"{"nftables": []}"#,
+        }
+    }
+
+    fn apply(&mut self, program: Program, failure: Option<Failure>) -> ApplyResult {
+        self.check_before_apply(&program);
+        let is_absent_or_drained = program.is_absent_or_drained();
+        let then = if program.is_absent() { KernelState::None } else { KernelState::Are(program) };
+        if self.rules == then || failure == Some(Failure::Unread) {
+            return ApplyResult { changes: None, outcome: result(failure, RulesetChange::Elements) };
+        }
+        if self.is_bypassed && !is_absent_or_drained {
+            return ApplyResult { changes: None, outcome: Ok(RulesetChange::Bypassed) };
+        }
+        if is_done(failure) {
+            self.has_leftovers = true;
+            self.rules = if failure == Some(Failure::Half) { KernelState::Broken } else { then };
+        }
+        let outcome = result(failure, RulesetChange::Replaced);
+        ApplyResult { changes: Some(vec!["~ all".to_owned()]), outcome }
+    }
+
+    /// Removes the rules. Returns `true` if there were any.
+    fn remove_rules(&mut self, footprint: Option<Footprint>, failure: Option<Failure>) -> bool {
+        let had = self.rules != KernelState::None;
+        if is_done(failure) {
+            self.rules = if failure == Some(Failure::Half) { KernelState::Broken } else { KernelState::None };
+            let clean = footprint.is_some_and(|before| before == Footprint::default());
+            if clean && failure != Some(Failure::Half) {
+                self.has_leftovers = false;
+            }
+        }
+        had
     }
 
     fn filter(&self) -> Ruleset {
@@ -508,26 +514,7 @@ impl HostModel {
         let on_trial = self.machine.commit().trial.clone();
         let number = self.machine.trial().map_or(0, |(number, _)| number);
         match op.clone() {
-            ModelStep::Want { spec: which, endpoints } => {
-                let spec = spec(which, endpoints);
-                let agent_facts = AgentFacts::default();
-                let answer = self.deliver(Event::Want {
-                    spec: Box::new(spec.clone()),
-                    agent_facts,
-                    patience: PATIENCE,
-                });
-                let confirmed = &self.machine.commit().confirmed;
-                if confirmed.is_off() && spec.is_off() || is_routine(&self.confirmed, confirmed) {
-                    self.confirmed = confirmed.clone();
-                }
-                let is_new = self.machine.trial().is_some_and(|(trial, _)| trial != number);
-                let is_refused = matches!(answer, Some(Err(_)));
-                assert!(!(is_new && is_refused), "what was refused is not tried");
-                assert!(
-                    !(is_new && self.machine.error().is_some()),
-                    "what could not be applied is not tried"
-                );
-            }
+            ModelStep::Want { spec: which, endpoints } => self.want(spec(which, endpoints), number),
             ModelStep::Confirm => {
                 if self.deliver(Event::Confirm { trial: number }) == Some(Ok(())) {
                     self.confirmed = on_trial.unwrap();
@@ -547,20 +534,7 @@ impl HostModel {
                 self.is_disturbed = true;
                 self.open = open;
             }
-            ModelStep::Others(change) => {
-                match change {
-                    ForeignChange::TakesOurs => self.rules = KernelState::None,
-                    ForeignChange::MakesOursOther if self.rules != KernelState::None => {
-                        self.rules = KernelState::Broken
-                    }
-                    ForeignChange::MakesOursOther => {}
-                    ForeignChange::ClosesAPort => self.closes_a_port = true,
-                    ForeignChange::OpensIt => (self.closes_a_port, self.cannot_be_read) = (false, false),
-                    ForeignChange::CannotBeRead => self.cannot_be_read = true,
-                }
-                self.is_disturbed = true;
-                self.deliver(Event::RulesChanged { by: None, bypassed: self.is_bypassed });
-            }
+            ModelStep::Others(change) => self.change_by_another_program(change),
             ModelStep::UnitsStarted => {
                 self.is_disturbed = true;
                 self.deliver(Event::UnitsStarted);
@@ -595,6 +569,36 @@ impl HostModel {
         self.check();
     }
 
+    /// Asks for `spec`. `number` is the number of the trial before.
+    fn want(&mut self, spec: Spec, number: u64) {
+        let agent_facts = AgentFacts::default();
+        let answer =
+            self.deliver(Event::Want { spec: Box::new(spec.clone()), agent_facts, patience: PATIENCE });
+        let confirmed = &self.machine.commit().confirmed;
+        if confirmed.is_off() && spec.is_off() || is_routine(&self.confirmed, confirmed) {
+            self.confirmed = confirmed.clone();
+        }
+        let is_new = self.machine.trial().is_some_and(|(trial, _)| trial != number);
+        let is_refused = matches!(answer, Some(Err(_)));
+        assert!(!(is_new && is_refused), "what was refused is not tried");
+        assert!(!(is_new && self.machine.error().is_some()), "what could not be applied is not tried");
+    }
+
+    fn change_by_another_program(&mut self, change: ForeignChange) {
+        match change {
+            ForeignChange::TakesOurs => self.rules = KernelState::None,
+            ForeignChange::MakesOursOther if self.rules != KernelState::None => {
+                self.rules = KernelState::Broken
+            }
+            ForeignChange::MakesOursOther => {}
+            ForeignChange::ClosesAPort => self.closes_a_port = true,
+            ForeignChange::OpensIt => (self.closes_a_port, self.cannot_be_read) = (false, false),
+            ForeignChange::CannotBeRead => self.cannot_be_read = true,
+        }
+        self.is_disturbed = true;
+        self.deliver(Event::RulesChanged { by: None, bypassed: self.is_bypassed });
+    }
+
     /// Ends the sequence: nothing fails any more, and no trial is confirmed.
     fn settle(&mut self) {
         (self.fail, self.kill, self.bypass) = (None, None, None);
@@ -607,6 +611,11 @@ impl HostModel {
         assert!(confirm::restrict_to(&self.confirmed, &spec) == spec, "{spec:?} was never confirmed");
         assert!(!matches!(self.machine.life(), Lifecycle::AwaitsAgent { .. }));
     }
+}
+
+/// Reports whether an action with this failure does its work, or a part of it.
+fn is_done(failure: Option<Failure>) -> bool {
+    !matches!(failure, Some(Failure::Undone | Failure::Unread))
 }
 
 fn result<T>(failure: Option<Failure>, value: T) -> Result<T, String> {

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
+use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{error, info, warn};
@@ -133,96 +134,16 @@ async fn run(arguments: Arguments) -> LastStep {
         (Ok(terminated), Ok(reload)) => (terminated, reload),
         (Err(error), _) | (_, Err(error)) => return failed(&error),
     };
-    let host_paths = HostPaths::default();
-    let user = async |account: &Account| host_paths.user_id(account).await;
-    let (Some(agent), Some(envoy)) = (user(&arguments.agent_user).await, user(&arguments.envoy_user).await)
-    else {
-        error!(
-            "there is no user `{}` or `{}`: create both (systemd-sysusers), or name them with --agent-user and --envoy-user",
-            arguments.agent_user, arguments.envoy_user
-        );
-        return LastStep::Exit(report::USAGE.into());
+    let (agent, options, socket) = match prepare(arguments).await {
+        Ok(prepared) => prepared,
+        Err(code) => return LastStep::Exit(code),
     };
-    if let Err(error) = std::fs::create_dir_all(&arguments.state_dir) {
-        error!("could not create {}: {error}", arguments.state_dir.display());
-        return LastStep::Exit(report::FAILURE.into());
-    }
-    let listener = match server::listen(&arguments.socket) {
+    let listener = match server::listen(&socket) {
         Ok(listener) => listener,
         Err(error) => return failed(&error),
     };
-    let options = Options {
-        backend: match arguments.backend {
-            BackendChoice::Auto => None,
-            BackendChoice::Nft => Some(Backend::Nft),
-            BackendChoice::Iptables => Some(Backend::Iptables),
-        },
-        tools: Tools::default(),
-        host_paths,
-        // The user of vmesh-net is not among them: its connections are captured like any other, which tests
-        // the capture.
-        users: [agent, envoy].into(),
-        slices: arguments.slice.into_iter().collect(),
-        state_dir: arguments.state_dir,
-        drain: arguments.drain,
-    };
-    let (drain, users) = (options.drain, options.users.clone());
-    let (told, probe_results) = watch::channel(ProbeResults::default());
-    let (looks, look) = watch::channel(ProbedDirections::default());
-    let (ask, asked) = mpsc::channel(16);
-    let (ask_look, asked_look) = mpsc::channel(16);
-    let (changed, changes) = mpsc::channel(rules::MAX_PENDING);
-    let (fail, failed) = mpsc::channel(1);
-    let (again, told_again) = watch::channel(false);
-    let (begin, begun) = mpsc::channel(1);
-    let (parent_cgroups, watched) = watch::channel(Default::default());
-    let (installed, installed_timers) = watch::channel(None);
-    let (timers, timer_states) = watch::channel(TimerStates::default());
-    let (report, published) = watch::channel(KeeperReport::default());
-    let agent_watch = AgentWatch::default();
-    let source = StatusSource {
-        report: published,
-        timers: timer_states.clone(),
-        installed: installed_timers.clone(),
-        probe_results: probe_results.clone(),
-        agent: agent_watch.clone(),
-        host_paths: options.host_paths.clone(),
-        connections: Arc::default(),
-    };
-    let channels = KeeperChannels {
-        probe_results: probe_results.clone(),
-        probed: looks,
-        agent: agent_watch.clone(),
-        timers: timer_states,
-        installed,
-        report,
-        parent_cgroups,
-    };
-    let heartbeat = HeartbeatTask {
-        installed: installed_timers,
-        probe_results,
-        looks: asked_look,
-        timers,
-        failed: fail,
-        agent: agent_watch,
-        users: users.clone(),
-    };
-    let keeper = Keeper::start(options, channels);
-    let mut tasks = Tasks::new();
-    tasks.spawn("envoy probe", probe::watch_envoy(look, users, told));
-    tasks.spawn("rules", rules::watch(changed));
-    tasks.spawn("control groups", cgroups::watch(watched, begin));
-    tasks.spawn("dead-man", heartbeat.run());
-    tasks.spawn(
-        "socket",
-        server::serve(listener, RequestHandler { agent, keeper: ask, looks: ask_look, source }),
-    );
-    let last_ready = keeper.last_ready();
-    // The keeper runs tools one after another, each with a time limit.
-    tasks.spawn("watchdog", systemd::watchdog_while(move || last_ready.borrow().elapsed() < TURNS_WITHIN));
-    tasks.spawn_draining("keeper", |stop| {
-        run_on_own_thread("keeper", move || keeper.run(asked, changes, failed, begun, told_again, stop))
-    });
+    let drain = options.drain;
+    let (mut tasks, handover) = start_tasks(options, agent, listener);
     let code = tokio::select! {
         signal = terminated => {
             info!("{signal}: taking the rules away");
@@ -230,7 +151,7 @@ async fn run(arguments: Arguments) -> LastStep {
         }
         _ = reload.recv() => {
             info!("SIGHUP: starting again, with the rules as they are");
-            again.send_replace(true);
+            handover.send_replace(true);
             // This waits for the keeper, or for another task that ends early.
             _ = tasks.first_exit().await;
             return LastStep::ExecSuccessor;
@@ -248,4 +169,102 @@ async fn run(arguments: Arguments) -> LastStep {
         warn!("still running and left behind: {}", late.join(", "));
     }
     LastStep::Exit(code)
+}
+
+/// Looks up the users, and creates the state directory. Returns the agent's user, the settings of the keeper
+/// and the path of the socket.
+async fn prepare(arguments: Arguments) -> Result<(u32, Options, PathBuf), ExitCode> {
+    let host_paths = HostPaths::default();
+    let user = async |account: &Account| host_paths.user_id(account).await;
+    let (Some(agent), Some(envoy)) = (user(&arguments.agent_user).await, user(&arguments.envoy_user).await)
+    else {
+        error!(
+            "there is no user `{}` or `{}`: create both (systemd-sysusers), or name them with --agent-user and --envoy-user",
+            arguments.agent_user, arguments.envoy_user
+        );
+        return Err(report::USAGE.into());
+    };
+    if let Err(error) = std::fs::create_dir_all(&arguments.state_dir) {
+        error!("could not create {}: {error}", arguments.state_dir.display());
+        return Err(report::FAILURE.into());
+    }
+    let options = Options {
+        backend: match arguments.backend {
+            BackendChoice::Auto => None,
+            BackendChoice::Nft => Some(Backend::Nft),
+            BackendChoice::Iptables => Some(Backend::Iptables),
+        },
+        tools: Tools::default(),
+        host_paths,
+        // The user of vmesh-net is not among them: its connections are captured like any other, which tests
+        // the capture.
+        users: [agent, envoy].into(),
+        slices: arguments.slice.into_iter().collect(),
+        state_dir: arguments.state_dir,
+        drain: arguments.drain,
+    };
+    Ok((agent, options, arguments.socket))
+}
+
+/// Starts all tasks, with the channels between them. Returns the tasks, and the sender that tells the keeper to
+/// leave the rules to the next process.
+fn start_tasks(options: Options, agent: u32, listener: UnixListener) -> (Tasks, watch::Sender<bool>) {
+    let users = options.users.clone();
+    let (probe_sender, probe_results) = watch::channel(ProbeResults::default());
+    let (probed_sender, probed) = watch::channel(ProbedDirections::default());
+    let (request_sender, requests) = mpsc::channel(16);
+    let (check_sender, checks) = mpsc::channel(16);
+    let (change_sender, rule_changes) = mpsc::channel(rules::MAX_PENDING);
+    let (failure_sender, renewal_failures) = mpsc::channel(1);
+    let (handover_sender, handover) = watch::channel(false);
+    let (unit_sender, started_units) = mpsc::channel(1);
+    let (parent_cgroups, watched_cgroups) = watch::channel(Default::default());
+    let (installed, installed_timers) = watch::channel(None);
+    let (timers, timer_states) = watch::channel(TimerStates::default());
+    let (report, published) = watch::channel(KeeperReport::default());
+    let agent_watch = AgentWatch::default();
+    let source = StatusSource {
+        report: published,
+        timers: timer_states.clone(),
+        installed: installed_timers.clone(),
+        probe_results: probe_results.clone(),
+        agent: agent_watch.clone(),
+        host_paths: options.host_paths.clone(),
+        connections: Arc::default(),
+    };
+    let channels = KeeperChannels {
+        probe_results: probe_results.clone(),
+        probed: probed_sender,
+        agent: agent_watch.clone(),
+        timers: timer_states,
+        installed,
+        report,
+        parent_cgroups,
+    };
+    let heartbeat = HeartbeatTask {
+        installed: installed_timers,
+        probe_results,
+        looks: checks,
+        timers,
+        failed: failure_sender,
+        agent: agent_watch,
+        users: users.clone(),
+    };
+    let keeper = Keeper::start(options, channels);
+    let handler = RequestHandler { agent, keeper: request_sender, looks: check_sender, source };
+    let mut tasks = Tasks::new();
+    tasks.spawn("envoy probe", probe::watch_envoy(probed, users, probe_sender));
+    tasks.spawn("rules", rules::watch(change_sender));
+    tasks.spawn("control groups", cgroups::watch(watched_cgroups, unit_sender));
+    tasks.spawn("dead-man", heartbeat.run());
+    tasks.spawn("socket", server::serve(listener, handler));
+    let last_ready = keeper.last_ready();
+    // The keeper runs tools one after another, each with a time limit.
+    tasks.spawn("watchdog", systemd::watchdog_while(move || last_ready.borrow().elapsed() < TURNS_WITHIN));
+    tasks.spawn_draining("keeper", |stop| {
+        run_on_own_thread("keeper", move || {
+            keeper.run(requests, rule_changes, renewal_failures, started_units, handover, stop)
+        })
+    });
+    (tasks, handover_sender)
 }

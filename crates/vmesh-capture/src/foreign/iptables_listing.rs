@@ -53,88 +53,94 @@ pub(crate) fn is_iptables_over_nft(saved: &str) -> bool {
     generated.any(|line| line.contains("(nf_tables)") || line.contains("xtables-save"))
 }
 
+/// Parses a rule of `iptables-save`, without the name of its chain.
 fn iptables_rule(rest: &str) -> ParsedRule {
-    let mut words = rest.split_whitespace().peekable();
+    let mut words = rest.split_whitespace();
     let mut conditions = Vec::new();
     let mut action = RuleAction::Continue;
     let mut negated = false;
     while let Some(word) = words.next() {
-        if word == "!" {
-            negated = true;
-            continue;
-        }
-        let mut value = || words.next().unwrap_or_default();
-        let condition = match word {
+        match word {
+            "!" => {
+                negated = true;
+                continue;
+            }
             "-m" => {
-                value();
+                words.next();
                 continue;
             }
             "--comment" => {
                 skip_comment(&mut words);
                 continue;
             }
-            "-p" => Some(Condition::Tcp(matches!(value(), "tcp" | "6" | "all"))),
-            "-i" | "-o" => {
-                let name = value();
-                match name.ends_with('+') {
-                    true => Some(Condition::Unknown),
-                    false => Some(Condition::Interface { incoming: word == "-i", name: name.to_owned() }),
-                }
-            }
-            "--dport" | "--dports" => {
-                Some(iptables_ports(value()).map_or(Condition::Unknown, Condition::ToPorts))
-            }
-            "--sport" | "--sports" => {
-                Some(iptables_ports(value()).map_or(Condition::Unknown, Condition::FromPorts))
-            }
-            "--ctstate" | "--state" => {
-                let states: Vec<String> = value().split(',').map(str::to_ascii_lowercase).collect();
-                match states.iter().any(|state| state == "dnat") {
-                    true => Some(Condition::Translated),
-                    false => Some(Condition::State(states)),
-                }
-            }
-            "--ctstatus" => {
-                value();
-                Some(Condition::Unknown)
-            }
-            "--src-type" => match value() {
-                "LOCAL" => Some(Condition::FromThisHost),
-                _ => Some(Condition::Unknown),
-            },
-            "--dst-type" => Some(Condition::ToThisHost(value().split(',').any(|kind| kind == "LOCAL"))),
             "-j" | "-g" => {
-                let to = value().to_owned();
-                action = match (word, to.as_str()) {
-                    ("-g", _) => RuleAction::Goto(to),
-                    (_, "ACCEPT") => RuleAction::Accept,
-                    (_, "DROP" | "REJECT" | "TARPIT") => RuleAction::Drop,
-                    (_, "NOTRACK") => RuleAction::NoTrack,
-                    (_, "RETURN") => RuleAction::Return,
-                    // The arguments of the `CT` target decide whether the connection is tracked.
-                    (_, "CT") if rest.contains("--notrack") => RuleAction::NoTrack,
-                    // Targets of the kernel have names in capitals, and so may chains. A jump to a target
-                    // that is no chain falls through.
-                    (_, _) => RuleAction::Jump(to),
-                };
+                action = iptables_action(word, words.next().unwrap_or_default(), rest);
                 // The remaining words belong to the target.
                 break;
             }
-            _ if word.starts_with('-') => Some(Condition::Unknown),
-            // The value of an unknown option.
-            _ => None,
-        };
-        if let Some(condition) = condition {
+            _ => {}
+        }
+        if let Some(condition) = iptables_condition(word, &mut words) {
             let is_unknown = condition == Condition::Unknown;
-            conditions.push(if negated && !is_unknown {
-                Condition::Not(Box::new(condition))
-            } else {
-                condition
+            conditions.push(match negated && !is_unknown {
+                true => Condition::Not(Box::new(condition)),
+                false => condition,
             });
         }
         negated = false;
     }
     ParsedRule { conditions, action, text: shortened(rest) }
+}
+
+/// Parses an option and its value. `None` if `option` is the value of an unknown option.
+fn iptables_condition<'a>(option: &str, words: &mut impl Iterator<Item = &'a str>) -> Option<Condition> {
+    let mut value = || words.next().unwrap_or_default();
+    Some(match option {
+        "-p" => Condition::Tcp(matches!(value(), "tcp" | "6" | "all")),
+        "-i" | "-o" => {
+            let name = value();
+            match name.ends_with('+') {
+                true => Condition::Unknown,
+                false => Condition::Interface { incoming: option == "-i", name: name.to_owned() },
+            }
+        }
+        "--dport" | "--dports" => iptables_ports(value()).map_or(Condition::Unknown, Condition::ToPorts),
+        "--sport" | "--sports" => iptables_ports(value()).map_or(Condition::Unknown, Condition::FromPorts),
+        "--ctstate" | "--state" => {
+            let states: Vec<String> = value().split(',').map(str::to_ascii_lowercase).collect();
+            match states.iter().any(|state| state == "dnat") {
+                true => Condition::Translated,
+                false => Condition::State(states),
+            }
+        }
+        "--ctstatus" => {
+            value();
+            Condition::Unknown
+        }
+        "--src-type" => match value() {
+            "LOCAL" => Condition::FromThisHost,
+            _ => Condition::Unknown,
+        },
+        "--dst-type" => Condition::ToThisHost(value().split(',').any(|kind| kind == "LOCAL")),
+        _ if option.starts_with('-') => Condition::Unknown,
+        _ => return None,
+    })
+}
+
+/// Returns the action of a rule with this target. `rest` is the whole rule.
+fn iptables_action(option: &str, target: &str, rest: &str) -> RuleAction {
+    match (option, target) {
+        ("-g", _) => RuleAction::Goto(target.to_owned()),
+        (_, "ACCEPT") => RuleAction::Accept,
+        (_, "DROP" | "REJECT" | "TARPIT") => RuleAction::Drop,
+        (_, "NOTRACK") => RuleAction::NoTrack,
+        (_, "RETURN") => RuleAction::Return,
+        // The arguments of the `CT` target decide whether the connection is tracked.
+        (_, "CT") if rest.contains("--notrack") => RuleAction::NoTrack,
+        // Targets of the kernel have names in capitals, and so may chains. A jump to a target that is no chain
+        // falls through.
+        (_, _) => RuleAction::Jump(target.to_owned()),
+    }
 }
 
 fn skip_comment<'a>(words: &mut impl Iterator<Item = &'a str>) {

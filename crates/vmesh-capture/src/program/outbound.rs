@@ -6,8 +6,8 @@ use std::net::SocketAddr;
 use super::builder::ProgramBuilder;
 use super::callers::cgroups;
 use super::ranges::singles;
-use super::rules::{Chain, Hook, Match, Verdict, chain};
-use super::{Direction, INCLUDE, Note};
+use super::rules::{Chain, Hook, Match, Verdict, chain_at};
+use super::{Direction, INCLUDE};
 use crate::host::ParentCgroup;
 use crate::spec::{Cidr, OUTBOUND_PORT, OnLoss, OutboundCapture, Percent};
 
@@ -21,15 +21,31 @@ impl ProgramBuilder<'_> {
     /// `captured` (virtual addresses), then `captured_known` and `included_*` (real addresses that may be
     /// captured), then `to_<percent>` (redirects).
     pub(super) fn outbound(&mut self) {
+        let gate = self.caller_chain();
+        self.note_ssh_addresses();
+        let captured = self.virtual_addresses();
+        if self.spec.outbound.capture == OutboundCapture::Vip {
+            self.chains.extend([gate, captured]);
+            return;
+        }
+        let mut chains = vec![gate];
+        let mut captured = self.exclude_unknown_cgroups(captured, &mut chains);
+        self.exclude_destinations(&mut captured);
+        let last = self.include_destinations(captured, &mut chains);
+        self.share_chains(last, &mut chains);
+        self.chains.extend(chains);
+    }
+
+    /// Compiles the chain `outbound`: the traffic that is never captured, and the callers that may be.
+    fn caller_chain(&mut self) -> Chain {
         let out = &self.spec.outbound;
-        let mut gate = chain("outbound", Hook::Outbound);
+        let mut gate = chain_at("outbound", Hook::Outbound);
         let never = &self.host.never;
         if !never.users.is_empty() {
             gate.rule("envoy", [Match::Users(never.users.clone())], Verdict::Return);
         }
         cgroups(never.slices.clone(), &mut gate, "envoy", &Verdict::Return);
-        let ssh = singles(&self.ssh());
-        gate.ports("ssh", ssh, Verdict::Return);
+        gate.ports("ssh", singles(&self.ssh()), Verdict::Return);
         if !never.control_planes.is_empty() {
             gate.rule("control_planes", [Match::Pairs(never.control_planes.clone())], Verdict::Return);
         }
@@ -40,14 +56,22 @@ impl ProgramBuilder<'_> {
         } else {
             gate.rule("all", [], captured);
         }
-        let mut chains = vec![gate];
+        gate
+    }
+
+    /// Adds a note for each address that is not captured because its port is SSH.
+    fn note_ssh_addresses(&mut self) {
         let ssh = self.ssh();
-        for address in out.addresses.keys().filter(|address| ssh.contains(&address.port())) {
+        let addresses = &self.spec.outbound.addresses;
+        for address in addresses.keys().filter(|address| ssh.contains(&address.port())) {
             let message =
                 format!("{address} is not captured: port {} is SSH, which never is", address.port());
-            self.notes.push(Note { subject: "outbound.addresses", message });
+            self.note("outbound.addresses", message);
         }
+    }
 
+    /// Begins the chain `captured` with the redirect of the virtual addresses.
+    fn virtual_addresses(&mut self) -> Chain {
         let mut captured = Chain { name: "captured".to_owned(), hook: None, rules: Vec::new() };
         let vips = self.vips();
         if !vips.is_empty() {
@@ -57,17 +81,16 @@ impl ProgramBuilder<'_> {
             when.extend(self.alive(Direction::Outbound, OnLoss::Closed));
             captured.rule("vips", when, Verdict::Redirect(OUTBOUND_PORT));
         }
-        if out.capture == OutboundCapture::Vip {
-            chains.push(captured);
-            self.chains.extend(chains);
-            return;
-        }
-        let mut captured = self.exclude_unknown_cgroups(captured, &mut chains);
+        captured
+    }
+
+    /// Adds the rules for real addresses that are not captured.
+    fn exclude_destinations(&self, captured: &mut Chain) {
         captured.rule("loopback", [Match::OutLoopback], Verdict::Return);
         captured.rule("this_host", [Match::ToThisHost], Verdict::Return);
         captured.rule("link_local", [Match::Destinations(LINK_LOCAL.into())], Verdict::Return);
         captured.ports("dns", singles(&[DNS].into()), Verdict::Return);
-        let (exclude, include) = (&out.exclude, &out.include);
+        let exclude = &self.spec.outbound.exclude;
         captured.ports("exclude_ports", exclude.ports.clone(), Verdict::Return);
         if !exclude.cidrs.is_empty() {
             captured.rule("exclude_cidrs", [Match::Destinations(exclude.cidrs.clone())], Verdict::Return);
@@ -76,8 +99,12 @@ impl ProgramBuilder<'_> {
             let interfaces = exclude.interfaces.iter().map(ToString::to_string).collect();
             captured.rule("exclude_interfaces", [Match::OutInterfaces(interfaces)], Verdict::Return);
         }
-        // A destination must match every list that is given. So each list gets its own chain, which continues
-        // to the next list.
+    }
+
+    /// Adds the rules for the destinations in `include`. A destination must match every list that is given, so
+    /// each list gets its own chain, which continues to the next list. Returns the chain to continue with.
+    fn include_destinations(&self, captured: Chain, chains: &mut Vec<Chain>) -> Chain {
+        let include = &self.spec.outbound.include;
         let interfaces = include.interfaces.iter().map(ToString::to_string).collect::<BTreeSet<_>>();
         let lists = [
             ("ports", (!include.ports.is_empty()).then(|| Match::Ports(include.ports.clone()))),
@@ -85,12 +112,18 @@ impl ProgramBuilder<'_> {
             ("interfaces", (!interfaces.is_empty()).then_some(Match::OutInterfaces(interfaces))),
         ];
         let mut last = captured;
-        for (what, list) in lists.into_iter().filter_map(|(what, list)| Some((what, list?))) {
-            let next = format!("included_{what}");
-            last.rule(format!("include_{what}"), [list], Verdict::Goto(next.clone()));
+        for (kind, list) in lists.into_iter().filter_map(|(kind, list)| Some((kind, list?))) {
+            let next = format!("included_{kind}");
+            last.rule(format!("include_{kind}"), [list], Verdict::Goto(next.clone()));
             chains.push(last);
             last = Chain { name: next, hook: None, rules: Vec::new() };
         }
+        last
+    }
+
+    /// Sends the callers with a share of their own to the chain of this share, and all others to the chain of
+    /// the whole. Adds these chains.
+    fn share_chains(&mut self, mut last: Chain, chains: &mut Vec<Chain>) {
         let caller_shares = self.caller_shares();
         let mut shares: BTreeSet<Percent> = caller_shares.keys().copied().collect();
         shares.insert(Percent::ALL);
@@ -104,7 +137,6 @@ impl ProgramBuilder<'_> {
         for share in shares.into_iter().filter(|share| share.get() > 0) {
             chains.push(self.destinations(share));
         }
-        self.chains.extend(chains);
     }
 
     /// Excludes processes in unknown control groups next to units that have an exclusion or a share of their

@@ -27,13 +27,13 @@ impl Chain {
     }
 }
 
-pub(super) fn chain(name: &str, hook: Hook) -> Chain {
+pub(super) fn chain_at(name: &str, hook: Hook) -> Chain {
     Chain { name: name.to_owned(), hook: Some(hook), rules: Vec::new() }
 }
 
 pub(super) fn hold() -> Chain {
     let rule = Rule { name: "hold".to_owned(), when: vec![Match::Untracked], then: Verdict::Nothing };
-    Chain { rules: vec![rule], ..chain("hold", Hook::Hold) }
+    Chain { rules: vec![rule], ..chain_at("hold", Hook::Hold) }
 }
 
 /// The point in the kernel at which packets enter a chain.
