@@ -1,17 +1,17 @@
 #!/bin/sh
-# Takes this host out of the mesh, now, with nothing else of vmesh working: its rules are removed, and a flag keeps vmesh-net
-# from bringing them back.
+# Takes this host out of the mesh at once, without any other program of vmesh: it removes all rules of vmesh, and sets a flag that
+# keeps vmesh-net from adding them again.
 #
 #   bypass                      removes all rules; connections that go through Envoy are reset
-#   bypass --keep-connections   captures nothing new, and leaves what keeps open connections open; run `bypass` later
-#   bypass --lift               takes the flag away: the host captures again as it is configured
+#   bypass --keep-connections   captures no new connections, and keeps the rules that open connections need; run `bypass` later
+#   bypass --lift               removes the flag: vmesh-net captures again as it is configured
 #
-# Safe to repeat. Ends with 0 when nothing is captured any more.
+# The script may be repeated. It exits with 0 once this host captures no new connections.
 set -u
 
 flag=${VMESH_BYPASS_FLAG:-/var/lib/vmesh-net/bypass}
 mode=${1:-}
-# Only root can put programs into these; the caller's own PATH comes after them.
+# Only root can write to these directories. The PATH of the caller comes after them.
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:$PATH
 LC_ALL=C
 export PATH LC_ALL
@@ -30,26 +30,26 @@ case $mode in
     '' | --keep-connections) ;;
     --lift)
         rm -f "$flag" || exit 1
-        echo 'bypass: lifted; the host captures again as it is configured'
+        echo 'bypass: removed the flag; vmesh-net captures again as it is configured'
         exit 0
         ;;
     *)
-        echo "bypass: what is $mode? Use: bypass [--keep-connections | --lift]" >&2
+        echo "bypass: unknown option $mode. Usage: bypass [--keep-connections | --lift]" >&2
         exit 2
         ;;
 esac
 
-# The flag first: a vmesh-net that lives must not undo the rest. That it is there counts; who set it is a courtesy, for which a full
-# disk may have no room.
+# The flag is set first, so that a running vmesh-net does not undo the rest. Only its existence counts: a full disk may have no room
+# for its text, which names the user.
 if mkdir -p "${flag%/*}" && : >>"$flag"; then
     echo "by $(id -un 2>/dev/null) at $(date 2>/dev/null)" 2>/dev/null >"$flag" || :
 else
-    fail "could not write $flag; a vmesh-net that runs brings the rules back: stop it (systemctl stop vmesh-net)"
+    fail "could not write $flag, so a running vmesh-net would add the rules again; stop it: systemctl stop vmesh-net"
 fi
 
 if has nft && nft list tables 2>/dev/null | grep -qx 'table inet vmesh'; then
     if [ -n "$mode" ]; then
-        # Without its rules a chain sends nobody to Envoy, and goes on translating what it has sent there.
+        # An empty chain redirects no new connection, and the kernel continues to translate the redirected ones.
         chains=$(nft list table inet vmesh | sed -n 's/^[[:space:]]*chain \([a-z0-9_]*\) {.*/\1/p' | grep -vx hold)
         for chain in $chains; do echo "flush chain inet vmesh $chain"; done | nft -f - || fail 'nft could not empty its chains'
     else
@@ -57,7 +57,7 @@ if has nft && nft list tables 2>/dev/null | grep -qx 'table inet vmesh'; then
     fi
 fi
 
-# Prints what takes our chains out of what iptables-save prints, or with keep=1 only what is in them.
+# Prints the input of iptables-restore that removes the chains of vmesh in the output of iptables-save; with keep=1, only their rules.
 undo() {
     awk -v keep="${mode:+1}" '
         /^\*/ { table = $0; jumps = flush = drop = "" }
@@ -70,7 +70,7 @@ undo() {
         /^COMMIT/ && jumps flush != "" { printf "%s\n%s%s%sCOMMIT\n", table, jumps, flush, drop }'
 }
 
-# A host can have both kinds of iptables, and rules in either.
+# A host can have both kinds of iptables, with rules of vmesh in each.
 for kind in '' -nft -legacy; do
     for family in iptables ip6tables; do
         save=$family$kind-save
@@ -82,5 +82,5 @@ for kind in '' -nft -legacy; do
     done
 done
 
-[ "$failed" -eq 0 ] && echo "bypass: nothing is captured any more; $flag keeps it so (bypass --lift)"
+[ "$failed" -eq 0 ] && echo "bypass: this host captures no new connections; vmesh-net captures nothing while $flag exists (undo: bypass --lift)"
 exit "$failed"

@@ -68,7 +68,7 @@ async fn a_node_is_installed_lives_is_upgraded_reboots_and_is_removed_without_a_
     host.sh("nft add rule inet filter input tcp dport 25 drop")?;
     let before = trace(&host)?;
     let said = host.install(&[&vms.packages.agent])?;
-    assert!(said.contains("nothing is started, since nothing is configured"), "{said}");
+    assert!(said.contains("this host is not configured, so no unit was started"), "{said}");
     for unit in UNITS {
         assert_eq!(host.show(unit, "ActiveState")?, "inactive", "{unit}");
     }

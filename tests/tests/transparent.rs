@@ -316,7 +316,7 @@ async fn what_was_refused_since_a_disk_had_no_room_is_asked_for_again() {
     vm.start_agent().unwrap();
     let refused = async || {
         let said = vm.net.as_ref().unwrap().output() + &vm.agent.as_ref().unwrap().output();
-        if said.contains("the change is not tried") { Ok(()) } else { Err(vmesh_testkit::Failed::new(said)) }
+        if said.contains("the trial is not begun") { Ok(()) } else { Err(vmesh_testkit::Failed::new(said)) }
     };
     wait_for("the change to be refused", BOUND, refused).await.unwrap();
     std::fs::remove_dir_all(&blocked).unwrap();

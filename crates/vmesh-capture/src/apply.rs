@@ -74,7 +74,9 @@ pub enum InstalledRules {
 /// A failure of a tool: it could not be run, or the resulting rules differ from the wanted ones.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("could not run `{command}` to {purpose}; is it installed, and allowed to this process?")]
+    #[error(
+        "could not run `{command}` to {purpose}; check that it is installed and that this process may run it"
+    )]
     NotRun {
         command: String,
         purpose: &'static str,
@@ -82,23 +84,23 @@ pub enum Error {
         cause: std::io::Error,
     },
     #[error(
-        "`{command}` was to {purpose} and had not ended after {after:?}, so it was killed: does something hold the \
-             lock of the rules?"
+        "could not {purpose}: `{command}` did not end within {after:?} and was killed; another program may hold the lock of \
+             the rules"
     )]
     Slow { command: String, purpose: &'static str, after: Duration },
-    #[error("`{command}` was to {purpose} and failed: {said}{hint}")]
-    Failed { command: String, purpose: &'static str, said: String, hint: &'static str },
-    #[error("could not read the rules that are there")]
+    #[error("could not {purpose}: `{command}` failed: {output}{hint}")]
+    Failed { command: String, purpose: &'static str, output: String, hint: &'static str },
+    #[error("could not read the installed rules")]
     InvalidListing(#[from] nft::InvalidListing),
-    #[error("could not refresh the dead-man in {path}; connections go past Envoy when it lapses")]
+    #[error("could not renew the dead-man timer in {path}; new connections go past Envoy once it lapses")]
     Recent {
         path: PathBuf,
         #[source]
         cause: std::io::Error,
     },
     #[error(
-        "`{tool}` said that it had changed the rules, and this is not as it should be: {changes}; does another program \
-             change them at the same time?"
+        "`{tool}` reported success, and the installed rules still differ: {changes}; another program may change them at the \
+             same time"
     )]
     NotDone { tool: &'static str, changes: String },
 }
@@ -222,7 +224,7 @@ impl Applier {
     pub async fn other_backends(&self) -> Vec<Applier> {
         let of_kind = |kind: &str| {
             let named =
-                |family: &str, path: &Path, what: &str| path.with_file_name(format!("{family}{kind}-{what}"));
+                |family: &str, path: &Path, verb: &str| path.with_file_name(format!("{family}{kind}-{verb}"));
             let tools = Tools {
                 iptables_save: named("iptables", &self.tools.iptables_save, "save"),
                 iptables_restore: named("iptables", &self.tools.iptables_restore, "restore"),
@@ -235,7 +237,8 @@ impl Applier {
         if self.backend == Backend::Nft {
             return ["", "-nft", "-legacy"].map(of_kind).into();
         }
-        let version = self.run(&self.tools.iptables_save, &["--version"], "say its kind", None).await;
+        let version =
+            self.run(&self.tools.iptables_save, &["--version"], "find out the kind of iptables", None).await;
         let other_kind = match version {
             Ok(version) if version.contains("nf_tables") => Some("-legacy"),
             Ok(_) => Some("-nft"),
@@ -472,8 +475,9 @@ impl Applier {
             Ok(footprint) => Ok(footprint),
             Err(Error::NotRun { .. }) => Ok(None),
             Err(failed) => {
-                let version =
-                    self.run(&self.tools.iptables_save, &["--version"], "say its kind", None).await?;
+                let version = self
+                    .run(&self.tools.iptables_save, &["--version"], "find out the kind of iptables", None)
+                    .await?;
                 if version.contains("nf_tables") { Err(failed) } else { Ok(None) }
             }
         }
@@ -540,7 +544,7 @@ impl Applier {
     }
 
     async fn run_timer_transaction(&self, input: &str) -> Result<(), Error> {
-        self.change(Tool::Nft, "refresh the dead-man", input).await
+        self.change(Tool::Nft, "renew the dead-man timer", input).await
     }
 
     /// Writes to the `recent` list of each family. A list is missing where no rule of that family uses it.
@@ -592,23 +596,24 @@ impl Applier {
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
-        let said = String::from_utf8_lossy(&output.stderr);
-        let said: Vec<&str> = said.lines().map(str::trim).filter(|line| !line.is_empty()).take(4).collect();
-        let said = if said.is_empty() { output.status.to_string() } else { said.join(" / ") };
-        let hint = hint(&said);
-        Err(Error::Failed { command, purpose, said, hint })
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let lines: Vec<&str> =
+            errors.lines().map(str::trim).filter(|line| !line.is_empty()).take(4).collect();
+        let output = if lines.is_empty() { output.status.to_string() } else { lines.join(" / ") };
+        let hint = hint(&output);
+        Err(Error::Failed { command, purpose, output, hint })
     }
 }
 
 /// Returns the advice that fits a tool's error message, or nothing.
-fn hint(said: &str) -> &'static str {
-    let has = |words: &[&str]| words.iter().any(|word| said.contains(word));
+fn hint(output: &str) -> &'static str {
+    let has = |words: &[&str]| words.iter().any(|word| output.contains(word));
     if has(&["Operation not permitted", "Permission denied", "must be root"]) {
         "; it needs CAP_NET_ADMIN (and CAP_NET_RAW for iptables)"
     } else if has(&["JSON support not compiled"]) {
         "; this nft cannot print JSON: install one that can, or use the iptables backend"
     } else if has(&["cgroup"]) {
-        "; a control group that is named has gone meanwhile: plan again"
+        "; a control group in the rules no longer exists: plan again"
     } else if has(&[
         "Could not process rule: No such file",
         "No such file or directory",
@@ -617,7 +622,7 @@ fn hint(said: &str) -> &'static str {
     ]) {
         "; the kernel may lack a module, or another program changed the rules meanwhile: plan again"
     } else if has(&["incompatible, use 'nft' tool"]) {
-        "; rules that iptables cannot show are in its tables: use the nftables backend"
+        "; its tables contain rules that iptables cannot show: use the nftables backend"
     } else if has(&["xtables lock"]) {
         "; another program holds the lock of iptables"
     } else {

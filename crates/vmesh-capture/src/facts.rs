@@ -158,14 +158,14 @@ impl HostPaths {
                 });
             }
             let Some(answered) = asked.join_next().await else { break };
-            let Ok((name, said)) = answered else { continue };
+            let Ok((name, answer)) = answered else { continue };
             let last = match before.get(&name) {
                 Some(AccountNumber::Now(number) | AccountNumber::Last(number)) => {
                     Some(AccountNumber::Last(*number))
                 }
                 Some(AccountNumber::Unanswered) | None => None,
             };
-            let number = match said {
+            let number = match answer {
                 Some(QueryOutput { found: true, text }) => id_of(&text).map(AccountNumber::Now),
                 Some(QueryOutput { found: false, .. }) => last,
                 None => last.or(Some(AccountNumber::Unanswered)),

@@ -214,25 +214,37 @@ impl TargetTables {
         wanted
     }
 
-    fn transaction(&self, table: &str, now: &ActualTable, v4: bool) -> (String, Vec<Change>) {
-        let family = if v4 { "ip" } else { "ip6" };
+    /// Compares the chains and their rules. `unwanted` are the chains of `now` that the program does not have.
+    fn chain_changes(
+        &self,
+        family: &str,
+        table: &str,
+        now: &ActualTable,
+        unwanted: &[&String],
+    ) -> Vec<Change> {
         let mut changes = Vec::new();
         for (name, rules) in &self.chains {
-            let what = format!("{family} {table} {name}");
+            let place = format!("{family} {table} {name}");
             match now.chains.get(name) {
-                None => changes.push(Change { kind: ChangeKind::Missing, what }),
+                None => changes.push(Change { kind: ChangeKind::Missing, place }),
                 Some(there) => {
                     let labels: Vec<Label> = rules.iter().map(|(label, _)| label.clone()).collect();
-                    changes.extend(compare_rules(&what, &labels, there));
+                    changes.extend(compare_rules(&place, &labels, there));
                 }
             }
         }
+        let gone =
+            |name: &&String| Change { kind: ChangeKind::Unwanted, place: format!("{family} {table} {name}") };
+        changes.extend(unwanted.iter().map(gone));
+        changes
+    }
+
+    /// Returns the input of `iptables-restore` that brings this table to the program, and the differences.
+    fn transaction(&self, table: &str, now: &ActualTable, v4: bool) -> (String, Vec<Change>) {
+        let family = if v4 { "ip" } else { "ip6" };
         let unwanted: Vec<&String> =
             now.chains.keys().filter(|name| !self.chains.iter().any(|(wanted, _)| wanted == *name)).collect();
-        let gone =
-            |name: &&String| Change { kind: ChangeKind::Unwanted, what: format!("{family} {table} {name}") };
-        changes.extend(unwanted.iter().map(gone));
-
+        let mut changes = self.chain_changes(family, table, now, &unwanted);
         let right = |jump: &ActualJump, base: &str, label: &Label| {
             jump.chain == base && jump.label.as_ref() == Some(label) && jump.before == 0
         };
@@ -240,12 +252,15 @@ impl TargetTables {
         for (base, label, text) in &self.jumps {
             if !now.jumps.iter().any(|jump| right(jump, base, label)) {
                 let elsewhere = now.jumps.iter().any(|jump| jump.label.as_ref() == Some(label));
-                let (kind, how) = if elsewhere {
-                    (ChangeKind::Different, "is not first")
+                let (kind, fault) = if elsewhere {
+                    (ChangeKind::Different, "is not the first rule")
                 } else {
-                    (ChangeKind::Missing, "is not there")
+                    (ChangeKind::Missing, "is missing")
                 };
-                changes.push(Change { kind, what: format!("{family} {table} {base}: the jump to us {how}") });
+                changes.push(Change {
+                    kind,
+                    place: format!("{family} {table} {base}: the jump to vmesh's chain {fault}"),
+                });
                 missing.push((base, label, text));
             }
         }
@@ -254,7 +269,7 @@ impl TargetTables {
         if missing.is_empty() {
             changes.extend(wrong.iter().map(|jump| Change {
                 kind: ChangeKind::Unwanted,
-                what: format!("{family} {table} {}: a jump to us", jump.chain),
+                place: format!("{family} {table} {}: a jump to vmesh's chain", jump.chain),
             }));
         }
         if changes.is_empty() {
@@ -423,10 +438,10 @@ pub fn leftovers(before: &Footprint, now: &Footprint, actual: &IptablesRules) ->
         table.and_then(|table| table.base.get(chain)).is_some_and(|(rules, accepts)| *rules == 0 && *accepts)
     };
     let mut left: BTreeSet<&str> = BTreeSet::new();
-    let mut remove = |what: &str, name: &str| {
-        _ = writeln!(input, "delete {what} {name}");
+    let mut remove = |kind: &str, name: &str| {
+        _ = writeln!(input, "delete {kind} {name}");
         plan.changes
-            .push(Change { kind: ChangeKind::Unwanted, what: format!("{what} {name}, which is empty") });
+            .push(Change { kind: ChangeKind::Unwanted, place: format!("{kind} {name}, which is empty") });
     };
     for chain in &now.chains {
         let mut words = chain.split(' ');

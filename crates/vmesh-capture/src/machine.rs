@@ -130,10 +130,10 @@ impl Machine {
         if let Some(spec) = reverted {
             actions.push(Action::Log(
                 LogLevel::Warn,
-                "what was on trial when vmesh-net ended is taken back".to_owned(),
+                "rolled back the trial that was under way when vmesh-net ended".to_owned(),
             ));
             // The trial may be the reason why the process ended.
-            failed_trial = Some((spec, "vmesh-net ended while it was on trial".to_owned()));
+            failed_trial = Some((spec, "vmesh-net ended during the trial".to_owned()));
         }
         let life = match is_complete {
             true => Lifecycle::Keeps,
@@ -224,14 +224,15 @@ impl Machine {
     fn handle_saved(&mut self, purpose: SaveFor, result: Result<(), String>) {
         match (purpose, result) {
             (SaveFor::Trial, Ok(())) => {
-                let text = format!("a change of capture is on trial (number {})", self.trial.number);
+                let text = format!("trial {} of a new capture spec begins", self.trial.number);
                 self.log(LogLevel::Info, text);
             }
             (SaveFor::Trial, Err(why)) => {
                 // The disk has no record of this trial, so a process that died in it could not roll it back.
                 self.commit.revert();
                 self.tasks.clear();
-                let refusal = Err(format!("the change is not tried: {why}"));
+                let refusal =
+                    Err(format!("the trial is not begun, because its record could not be saved: {why}"));
                 // The kernel may have the rules of an earlier trial that this one was to replace.
                 self.tasks.extend([Task::Reconcile(Refresh::Rules), Task::Reply(refusal)]);
             }

@@ -53,7 +53,7 @@ struct ActualChain {
 
 /// The output of `nft -j list table inet vmesh` is not valid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`nft -j` printed something that is not its JSON: {0}")]
+#[error("could not parse the output of `nft -j`: {0}")]
 pub struct InvalidListing(String);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,7 +106,7 @@ pub fn plan(program: &Program, actual: &NftRules, alive: impl Into<Directions>) 
         return Plan { changes, steps };
     }
     if !actual.exists {
-        changes = vec![Change { kind: ChangeKind::Missing, what: format!("table {TABLE}") }];
+        changes = vec![Change { kind: ChangeKind::Missing, place: format!("table {TABLE}") }];
     }
     let alive = alive.into();
     let input = table.text(program.alive.map(|(timeout, directions)| (timeout, directions.and(alive))));
@@ -118,7 +118,7 @@ fn absent(actual: &NftRules) -> Plan {
         return Plan::default();
     }
     Plan {
-        changes: vec![Change { kind: ChangeKind::Unwanted, what: format!("table {TABLE}") }],
+        changes: vec![Change { kind: ChangeKind::Unwanted, place: format!("table {TABLE}") }],
         steps: vec![Step { tool: Tool::Nft, input: format!("delete table {TABLE}\n") }],
     }
 }
@@ -182,7 +182,7 @@ impl TargetTable {
     /// Returns the differences that cannot be repaired by changing set elements.
     fn structure(&self, actual: &NftRules) -> Vec<Change> {
         let mut changes = Vec::new();
-        let mut change = |kind, what: String| changes.push(Change { kind, what });
+        let mut change = |kind, place: String| changes.push(Change { kind, place });
         for (name, (wanted, _)) in &self.sets {
             match actual.sets.get(name) {
                 None => change(ChangeKind::Missing, format!("set {name}")),
@@ -202,14 +202,12 @@ impl TargetTable {
         }
         for TableChain { name, hook, rules } in &self.chains {
             let Some(now) = actual.chains.get(name) else {
-                changes.push(Change { kind: ChangeKind::Missing, what: format!("chain {name}") });
+                changes.push(Change { kind: ChangeKind::Missing, place: format!("chain {name}") });
                 continue;
             };
             if now.hook != hook.map(place) {
-                changes.push(Change {
-                    kind: ChangeKind::Different,
-                    what: format!("chain {name}: where it is hooked"),
-                });
+                changes
+                    .push(Change { kind: ChangeKind::Different, place: format!("chain {name}: its hook") });
             }
             let wanted: Vec<Label> = rules.iter().map(|(label, _)| label.clone()).collect();
             changes.extend(compare_rules(name, &wanted, &now.rules));
@@ -445,8 +443,8 @@ fn elements(name: &str, wanted: &Elements, now: &Elements, v4: bool) -> (String,
     } else {
         ""
     };
-    let what = format!("set {name}: its elements{family}");
-    let change = (!text.is_empty()).then_some(Change { kind: ChangeKind::Different, what });
+    let place = format!("set {name}: its elements{family}");
+    let change = (!text.is_empty()).then_some(Change { kind: ChangeKind::Different, place });
     (text, change)
 }
 
@@ -458,7 +456,7 @@ impl NftRules {
 
     /// Parses the output of `nft -j list table inet vmesh` (libnftables-json(5)).
     pub fn parse(json: &str) -> Result<NftRules, InvalidListing> {
-        let unreadable = |what: &str| InvalidListing(what.to_owned());
+        let unreadable = |fault: &str| InvalidListing(fault.to_owned());
         let value: Value = serde_json::from_str(json).map_err(|error| InvalidListing(error.to_string()))?;
         let list =
             value.get("nftables").and_then(Value::as_array).ok_or_else(|| unreadable("no `nftables`"))?;

@@ -41,7 +41,7 @@ pub struct Change {
     pub kind: ChangeKind,
     /// The chain and rule (`outbound/vips4`) or the set (`set captured_vips4`); with iptables the family
     /// comes first.
-    pub what: String,
+    pub place: String,
 }
 
 /// The kind of a difference.
@@ -65,7 +65,7 @@ impl fmt::Display for Change {
             ChangeKind::Different => "~",
             ChangeKind::Foreign => "!",
         };
-        write!(f, "{sign} {}", self.what)
+        write!(f, "{sign} {}", self.place)
     }
 }
 
@@ -135,7 +135,7 @@ impl fmt::Display for Label {
 /// label.
 pub(crate) fn compare_rules(chain: &str, wanted: &[Label], actual: &[Option<Label>]) -> Vec<Change> {
     let mut changes = Vec::new();
-    let mut change = |kind, what: String| changes.push(Change { kind, what });
+    let mut change = |kind, place: String| changes.push(Change { kind, place });
     for label in wanted {
         let same_name = || actual.iter().flatten().filter(|other| other.name == label.name);
         if same_name().next().is_none() {
@@ -144,14 +144,14 @@ pub(crate) fn compare_rules(chain: &str, wanted: &[Label], actual: &[Option<Labe
             change(ChangeKind::Different, format!("{chain}/{}", label.name));
         }
     }
-    let mut seen = std::collections::BTreeSet::new();
+    let mut names = std::collections::BTreeSet::new();
     for label in actual {
         match label {
-            None => change(ChangeKind::Foreign, format!("{chain}: a rule that is not ours")),
+            None => change(ChangeKind::Foreign, format!("{chain}: a rule that is not vmesh's")),
             Some(label) if !wanted.iter().any(|other| other.name == label.name) => {
                 change(ChangeKind::Unwanted, format!("{chain}/{}", label.name));
             }
-            Some(label) if !seen.insert(&label.name) => {
+            Some(label) if !names.insert(&label.name) => {
                 change(ChangeKind::Unwanted, format!("{chain}/{}: once more", label.name));
             }
             Some(_) => {}
@@ -160,7 +160,7 @@ pub(crate) fn compare_rules(chain: &str, wanted: &[Label], actual: &[Option<Labe
     let order: Vec<&Label> = actual.iter().flatten().collect();
     if changes.is_empty() && !order.iter().copied().eq(wanted) {
         changes
-            .push(Change { kind: ChangeKind::Different, what: format!("{chain}: the order of its rules") });
+            .push(Change { kind: ChangeKind::Different, place: format!("{chain}: the order of its rules") });
     }
     changes
 }
@@ -190,7 +190,7 @@ mod tests {
         check("a:1 b:2", "a:1 b:3", expect![["~ c/b; "]]);
         check("a:1 b:2", "b:2 a:1", expect![["~ c: the order of its rules; "]]);
         check("a:1", "a:1 a:1", expect![["- c/a: once more; "]]);
-        check("a:1", "? a:1 z:9", expect![["! c: a rule that is not ours; - c/z; "]]);
+        check("a:1", "? a:1 z:9", expect![["! c: a rule that is not vmesh's; - c/z; "]]);
         check("", "a:1", expect![["- c/a; "]]);
     }
 

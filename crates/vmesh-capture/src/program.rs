@@ -61,13 +61,13 @@ impl fmt::Display for Note {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum UnsafeCapture {
     #[error(
-        "outbound connections cannot be captured: it is not known which are Envoy's own, and they would go round in circles; \
-         run Envoy as a user of its own, or in a slice of its own"
+        "outbound connections are not captured: vmesh cannot tell Envoy's own connections from others, and would send them \
+         back to Envoy; run Envoy as a user of its own, or in a slice of its own"
     )]
     NoLoopGuard,
     #[error(
-        "outbound connections cannot be captured: {subject} has `{account}`, and the host does not say which number that is; \
-         does `getent {database} {account}` answer? A number in its place needs no answer"
+        "outbound connections are not captured: the name service of the host does not answer for `{account}` in {subject}; \
+         check that `getent {database} {account}` answers, or write the number in place of the name"
     )]
     Unanswered { subject: &'static str, database: &'static str, account: String },
 }

@@ -54,13 +54,16 @@ pub fn find(name: &Path) -> Result<PathBuf> {
     }
     Err(match passed_over {
         Some(path) => {
-            let why =
-                format!("{} is not run, since others than root may write to it or above it", path.display());
+            let why = format!(
+                "{} is not run, because users other than root may change it or a directory above it",
+                path.display()
+            );
             Error::new(ErrorKind::PermissionDenied, why)
         }
         None => {
             let name = name.display();
-            let why = format!("no `{name}` in the directories of the PATH or in {DIRECTORIES}");
+            let why =
+                format!("there is no program `{name}` in the directories of the PATH or in {DIRECTORIES}");
             Error::new(ErrorKind::NotFound, why)
         }
     })
@@ -128,7 +131,7 @@ pub(crate) async fn run(
     let ((), read, read_err) = tokio::join!(write, read_out, read_err);
     read.and(read_err)?;
     if out.len() as u64 > limit {
-        return Err(Error::other(format!("it printed more than {limit} bytes")));
+        return Err(Error::other(format!("the program printed more than {limit} bytes")));
     }
     Ok(Output { status: child.wait().await?, stdout: out, stderr: err })
 }

@@ -56,11 +56,13 @@ pub const MAX_NAMES: usize = 256;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SpecTooLarge {
     #[error(
-        "it has {0} names of users and groups, and at most {MAX_NAMES} are looked up: name a group in their place, or write numbers, \
-         which are not looked up"
+        "it names {0} users and groups, and vmesh looks up at most {MAX_NAMES}: name a group in their place, or write numbers, \
+         which need no lookup"
     )]
     Names(usize),
-    #[error("it has {0} units, and at most {MAX_UNITS} are watched: put them into a slice, and name that")]
+    #[error(
+        "it names {0} units, and vmesh watches at most {MAX_UNITS}: put them into a slice, and name the slice"
+    )]
     Units(usize),
 }
 
@@ -291,7 +293,7 @@ mod tests {
             "outbound: {capture: everything, percent: 101, includes: {}}\n",
             expect![[r#"
                 capture.yaml:1:21: `capture`: expected one of `off`, `vip`, `addresses` or `all`, found `everything`
-                capture.yaml:1:42: `percent`: 101 is not a share: 0 to 100, in percent
+                capture.yaml:1:42: `percent`: 101 is not a percentage from 0 to 100
                 capture.yaml:1:47: unknown field `includes`, did you mean `include`?
             "#]],
         );
@@ -309,15 +311,15 @@ mod tests {
         wrong(
             "outbound: {exclude: {interfaces: ['eth*'], users: ['a b'], units: [app]}}\n",
             expect![[r#"
-            capture.yaml:1:35: `interfaces`: `eth*` is not the name of an interface: whole names, as `ip link` shows them
+            capture.yaml:1:35: `interfaces`: `eth*` is not the name of an interface: write the whole name, as `ip link` shows it
             capture.yaml:1:52: `users`: `a b` is not the name or number of a user or group
-            capture.yaml:1:68: `units`: `app` is not a unit with processes: its whole name, such as app.service or batch.slice
+            capture.yaml:1:68: `units`: `app` is not a unit with processes: write the whole name, such as app.service or batch.slice
         "#]],
         );
         wrong(
             "dead_man: {timeout: 1s}\ninbound: {ports: [-1]}\n",
             expect![[r#"
-            capture.yaml:1:21: `timeout`: 1s is not from 3s to 10m, in whole seconds
+            capture.yaml:1:21: `timeout`: 1s is not a duration from 3s to 10m in whole seconds
             capture.yaml:2:19: `ports`: `-1` is not a port or a range of ports, such as 8080 or 8000-8100
         "#]],
         );

@@ -499,14 +499,14 @@ impl HostModel {
         self.check();
     }
 
-    fn until(&mut self, what: &str, holds: impl Fn(&HostModel) -> bool) {
+    fn until(&mut self, awaited: &str, holds: impl Fn(&HostModel) -> bool) {
         for _ in 0..LONG {
             if holds(self) {
                 return;
             }
             self.tick();
         }
-        panic!("{what}: {:?}, {:?}, {:?}", self.machine.state(), self.machine.error(), self.rules);
+        panic!("{awaited}: {:?}, {:?}, {:?}", self.machine.state(), self.machine.error(), self.rules);
     }
 
     fn run(&mut self, op: &ModelStep) {

@@ -10,9 +10,9 @@ use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
 
-/// Reports to `told` that a directory was created or removed in one of `dirs`. Changes that arrive together
+/// Reports to `changes` that a directory was created or removed in one of `dirs`. Changes that arrive together
 /// are reported as one.
-pub async fn watch(mut dirs: watch::Receiver<BTreeSet<PathBuf>>, told: mpsc::Sender<()>) {
+pub async fn watch(mut dirs: watch::Receiver<BTreeSet<PathBuf>>, changes: mpsc::Sender<()>) {
     loop {
         let wanted = dirs.borrow_and_update().clone();
         let changed = async {
@@ -22,12 +22,12 @@ pub async fn watch(mut dirs: watch::Receiver<BTreeSet<PathBuf>>, told: mpsc::Sen
                         return std::future::pending().await;
                     }
                     // If the channel is full, a pending message already reports a change.
-                    _ = told.try_send(());
+                    _ = changes.try_send(());
                 },
                 Err(error) => {
                     if !wanted.is_empty() {
                         tracing::warn!(
-                            "units that start are noticed within 10 s and not at once: no inotify: {error}"
+                            "could not watch the control groups, so vmesh-net sees a started unit after up to 10 s: {error}"
                         );
                     }
                     std::future::pending::<()>().await;
@@ -41,7 +41,7 @@ pub async fn watch(mut dirs: watch::Receiver<BTreeSet<PathBuf>>, told: mpsc::Sen
     }
 }
 
-#[expect(deprecated, reason = "what is registered is owned by what registers it, and closed after it")]
+#[expect(deprecated, reason = "AsyncFd owns the descriptor, and closes it after it is deregistered")]
 fn open(dirs: &BTreeSet<PathBuf>) -> io::Result<AsyncFd<OwnedFd>> {
     if dirs.is_empty() {
         return Err(io::ErrorKind::NotFound.into());

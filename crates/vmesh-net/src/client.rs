@@ -18,7 +18,7 @@ const ANSWERS_WITHIN: Duration = Duration::from_secs(40);
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     #[error(
-        "could not reach vmesh-net at {}; does it run (`systemctl status vmesh-net`), and may this user ask it?",
+        "could not connect to vmesh-net at {}; check that it runs (`systemctl status vmesh-net`) and that this user may open the socket",
         .path.display()
     )]
     Connect {
@@ -26,15 +26,15 @@ pub enum ClientError {
         #[source]
         cause: io::Error,
     },
-    #[error("vmesh-net at {} went away before it had answered", .path.display())]
+    #[error("vmesh-net at {} closed the connection before it answered; see `journalctl -u vmesh-net`", .path.display())]
     Gone {
         path: PathBuf,
         #[source]
         cause: io::Error,
     },
-    #[error("vmesh-net at {} has not answered in {} s", .path.display(), ANSWERS_WITHIN.as_secs())]
+    #[error("vmesh-net at {} did not answer within {} s; see `journalctl -u vmesh-net`", .path.display(), ANSWERS_WITHIN.as_secs())]
     Slow { path: PathBuf },
-    #[error("vmesh-net at {} answered what this version does not understand", .path.display())]
+    #[error("could not parse the answer of vmesh-net at {}; it may be of another version", .path.display())]
     Garbled {
         path: PathBuf,
         #[source]

@@ -22,7 +22,7 @@ use vmesh_capture::machine::{
 use vmesh_capture::spec::{INBOUND_PORT, Seconds, Spec};
 use vmesh_daemon::report::one_line;
 
-use crate::heartbeat::InstalledTimers;
+use crate::heartbeat::{InstalledTimers, explain_lapse};
 use crate::keeper::{KeeperChannels, Options};
 use crate::probe;
 use crate::protocol::EnvoyHealth;
@@ -133,7 +133,9 @@ impl Executor {
     }
 
     fn applier(&self) -> Result<Applier, String> {
-        self.applier.clone().ok_or_else(|| "no backend has been found yet that changes rules here".to_owned())
+        self.applier
+            .clone()
+            .ok_or_else(|| "vmesh-net has not found a tool that can change rules on this host yet".to_owned())
     }
 
     async fn detect(&mut self, ipv6: bool) -> Result<(Backend, bool), String> {
@@ -171,21 +173,25 @@ impl Executor {
         if !self.channels.agent.is_well() {
             return Directions::NONE;
         }
-        let mut seen = *self.channels.probe_results.borrow();
+        let mut health = *self.channels.probe_results.borrow();
         let withdrawn = self.channels.timers.borrow().withdrawn();
-        let unseen = |direction| seen.of(direction) == EnvoyHealth::Unknown || withdrawn.contains(direction);
-        if wanted.iter().any(unseen) {
-            seen = probe::probe_listeners(wanted, &self.options.users).await;
+        let is_unknown =
+            |direction| health.of(direction) == EnvoyHealth::Unknown || withdrawn.contains(direction);
+        if wanted.iter().any(is_unknown) {
+            health = probe::probe_listeners(wanted, &self.options.users).await;
         }
-        seen.well().and(wanted)
+        health.well().and(wanted)
     }
 
     async fn check_listeners(&self, directions: Directions) -> Result<(), String> {
         for direction in directions.iter() {
-            let seen = probe::probe_listener(direction, &self.options.users).await;
-            if seen != EnvoyHealth::Well {
+            let health = probe::probe_listener(direction, &self.options.users).await;
+            if health != EnvoyHealth::Well {
                 let port = probe::port(direction);
-                return Err(format!("Envoy does not serve its capture port {port}: {seen:?}"));
+                return Err(format!(
+                    "Envoy does not serve its capture port {port}: {}",
+                    explain_lapse(health)
+                ));
             }
         }
         Ok(())
@@ -206,22 +212,22 @@ impl Executor {
 
     /// Dials an address of the self-test, which is captured like a virtual address.
     async fn dial_captured(&self, address: SocketAddr) -> Result<(), String> {
-        let mut seen = probe::dial(address).await;
-        if seen != EnvoyHealth::Well {
+        let mut health = probe::dial(address).await;
+        if health != EnvoyHealth::Well {
             // A single lost packet does not count as a failure.
-            seen = probe::dial(address).await;
+            health = probe::dial(address).await;
         }
         // Without an IPv6 route, no program gets as far as being captured; all use IPv4.
-        if seen == EnvoyHealth::Well || (address.is_ipv6() && !probe::has_ipv6_route(address)) {
+        if health == EnvoyHealth::Well || (address.is_ipv6() && !probe::has_ipv6_route(address)) {
             return Ok(());
         }
         let suspects =
             foreign::outbound_suspects(&self.read_filter().await, address.port(), address.is_ipv4());
         let rules = match suspects.is_empty() {
             true => String::new(),
-            false => format!("; rules that may be in its way: {}", listed(&suspects)),
+            false => format!("; rules that may drop it: {}", listed(&suspects)),
         };
-        Err(format!("a connection to {address} was not captured and served by Envoy: {seen:?}{rules}"))
+        Err(format!("a test connection to {address} did not reach Envoy: {}{rules}", explain_dial(health)))
     }
 
     /// Describes the address families whose redirected connections do not pass the host's own filter.
@@ -235,7 +241,7 @@ impl Executor {
             Err(why) => {
                 // Rules without any redirect have no counters. If they are being changed, the next test
                 // counts again.
-                debug!("connections from outside are not counted: {why}");
+                debug!("could not count connections from outside: {why}");
                 return Vec::new();
             }
         };
@@ -252,15 +258,15 @@ impl Executor {
             let why = match suspects {
                 InboundSuspects::Unwanted => return None,
                 InboundSuspects::Rules(rules) if rules.is_empty() => {
-                    "no rule that vmesh understands does it: see `nft list ruleset`".to_owned()
+                    "vmesh knows no rule that drops them, see `nft list ruleset`".to_owned()
                 }
                 InboundSuspects::Rules(rules) => {
-                    format!("rules that may be in their way: {}", listed(&rules))
+                    format!("rules that may drop them: {}", listed(&rules))
                 }
             };
             Some(format!(
-                "the last {lost} connections of {family} from outside that were redirected to Envoy's port {INBOUND_PORT} did not come \
-                 through this host's own filter: {why}. Let TCP port {INBOUND_PORT} in there, or take `capture.inbound: {{capture: tproxy}}`"
+                "this host's own filter dropped the last {lost} connections of {family} from outside that were redirected to Envoy's port \
+                 {INBOUND_PORT}: {why}. Accept TCP port {INBOUND_PORT} in the filter, or use `capture.inbound: {{capture: tproxy}}`"
             ))
         };
         lost.iter().filter_map(fault).collect()
@@ -340,7 +346,7 @@ impl Executor {
                 Ok(true) => continue,
                 Ok(false) if program.is_absent() => match other.off(footprint).await {
                     Ok(_) => {
-                        info!("rules that an earlier vmesh-net had by {} are taken away", other.backend);
+                        info!("removed the rules that an earlier vmesh-net installed with {}", other.backend);
                     }
                     Err(error) => {
                         self.others.push((other, 0));
@@ -354,14 +360,33 @@ impl Executor {
                 Err(Error::Slow { .. }) => self.others.push((other, failures)),
                 // A lock may be held, or the kernel may permanently lack a feature that this tool needs.
                 Err(error) if !error.is_not_installed() && failures < LISTED_AT_MOST => {
-                    debug!("{} is looked at again: {}", other.backend, one_line(&error));
+                    debug!(
+                        "could not list the rules of {}, and tries again: {}",
+                        other.backend,
+                        one_line(&error)
+                    );
                     self.others.push((other, failures + 1));
                 }
                 // A tool that is missing or cannot work here has not added any rules.
-                Err(error) => debug!("{} is not looked at again: {}", other.backend, one_line(&error)),
+                Err(error) => debug!(
+                    "could not list the rules of {}, and does not try again: {}",
+                    other.backend,
+                    one_line(&error)
+                ),
             }
         }
         failed.map_or(Ok(()), Err)
+    }
+}
+
+/// Describes the failure of a test connection.
+fn explain_dial(health: EnvoyHealth) -> &'static str {
+    match health {
+        EnvoyHealth::Gone => "it was refused, or another program answered",
+        EnvoyHealth::Hangs => "nothing answered in time",
+        EnvoyHealth::Well | EnvoyHealth::WrongUser | EnvoyHealth::Unknown | EnvoyHealth::Other => {
+            "its result is unknown"
+        }
     }
 }
 

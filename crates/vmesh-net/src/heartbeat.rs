@@ -177,8 +177,8 @@ impl AgentWatch {
     pub fn accept(&self, pid: Option<i32>) -> Result<(), String> {
         self.change(|agent| match (agent.pid.filter(|_| agent.is_well()), pid) {
             (Some(known), Some(pid)) if known != pid && lives(known) => Err(format!(
-                "another agent (pid {known}) says what is captured on this host, and this one (pid {pid}) is not heard: stop one \
-                 of them"
+                "another agent (pid {known}) controls the capture of this host, so the request of this agent (pid {pid}) is refused: \
+                 stop one of the two"
             )),
             _ => {
                 agent.pid = pid;
@@ -297,7 +297,7 @@ impl HeartbeatTask {
                 HeartbeatStep::Refresh => refresh = refresh.with(direction),
                 HeartbeatStep::Lapses(left) if left.is_zero() && !dead_man.has_lapsed => {
                     warn!(
-                        "{direction} redirects have lapsed, since {}: new connections go past Envoy where that is allowed",
+                        "{direction} redirects have lapsed ({}): new connections go past Envoy where `on_loss: open` allows it",
                         explain_lapse(envoy)
                     );
                     self.change(direction, |dead_man| dead_man.has_lapsed = true);
@@ -319,7 +319,7 @@ impl HeartbeatTask {
                 for direction in directions.iter() {
                     self.change(direction, |dead_man| {
                         if dead_man.is_withdrawn || dead_man.has_lapsed {
-                            info!("Envoy and the agent are well: {direction} redirects hold again");
+                            info!("Envoy and the agent are well again: {direction} redirects hold");
                         }
                         dead_man.is_withdrawn = false;
                         dead_man.has_lapsed = false;
@@ -355,7 +355,7 @@ impl HeartbeatTask {
             match installed.applier.expire_timers(Directions::only(direction)).await {
                 Ok(()) => {
                     warn!(
-                        "{}: new {direction} connections go past it where that is allowed",
+                        "{direction} redirects have lapsed ({}): new connections go past Envoy where `on_loss: open` allows it",
                         explain_lapse(envoy)
                     );
                     self.change(direction, |dead_man| {
@@ -363,7 +363,10 @@ impl HeartbeatTask {
                         dead_man.beat = Heartbeat::new(installed.timeout.duration());
                     });
                 }
-                Err(error) => warn!("{direction} redirects lapse by themselves: {}", one_line(&error)),
+                Err(error) => warn!(
+                    "could not let {direction} redirects lapse at once; they lapse when their timer ends: {}",
+                    one_line(&error)
+                ),
             }
         }
     }
@@ -380,11 +383,11 @@ impl HeartbeatTask {
 /// Explains why redirects do not hold, by the probe's result.
 pub fn explain_lapse(envoy: EnvoyHealth) -> &'static str {
     match envoy {
-        EnvoyHealth::Well => "the agent says nothing",
-        EnvoyHealth::Gone => "Envoy is gone",
-        EnvoyHealth::WrongUser => "somebody else's program has Envoy's capture port",
-        EnvoyHealth::Hangs => "Envoy takes connections and does not serve them",
-        EnvoyHealth::Unknown | EnvoyHealth::Other => "Envoy has not been looked at",
+        EnvoyHealth::Well => "the agent does not report that it is well",
+        EnvoyHealth::Gone => "Envoy's capture port is closed",
+        EnvoyHealth::WrongUser => "a program of another user listens on Envoy's capture port",
+        EnvoyHealth::Hangs => "Envoy accepts connections and does not serve them",
+        EnvoyHealth::Unknown | EnvoyHealth::Other => "Envoy was not probed",
     }
 }
 

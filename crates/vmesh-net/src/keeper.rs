@@ -243,7 +243,9 @@ impl Keeper {
         match self.handle(event).await {
             Some(Ok(())) => KeeperReply::Done,
             Some(Err(why)) => KeeperReply::Refused(why),
-            None => KeeperReply::Refused("vmesh-net has no answer to this: see its log".to_owned()),
+            None => KeeperReply::Refused(
+                "vmesh-net could not handle the request; see `journalctl -u vmesh-net`".to_owned(),
+            ),
         }
     }
 
@@ -295,7 +297,7 @@ impl Keeper {
             drift: Drift {
                 count: drift.count,
                 seconds_ago: None,
-                what: drift.what.clone(),
+                what: drift.changes.clone(),
                 by: drift.by.clone(),
             },
             notes: self.machine.notes().cloned().collect(),
@@ -318,7 +320,8 @@ impl Keeper {
         match self.machine.error() {
             Some(error) => format!("{state}; {error}"),
             None if matches!(self.machine.life(), Lifecycle::AwaitsAgent { .. }) => {
-                "waits for the agent; rules are left as they are".to_owned()
+                "waits for the agent and leaves all rules unchanged, because its own state could not be read"
+                    .to_owned()
             }
             None => state.to_string(),
         }
@@ -377,14 +380,18 @@ fn with_self_test(mut spec: Spec) -> Spec {
 
 /// Sends a request to the keeper. Replies that the keeper is busy if it takes longer than `patience`.
 pub async fn ask_keeper(to: &mpsc::Sender<KeeperRequest>, ask: Request, patience: Duration) -> KeeperReply {
-    let (answer, said) = oneshot::channel();
+    let (answer, reply) = oneshot::channel();
     let exchange = async {
         to.send(KeeperRequest { ask, answer }).await.ok()?;
-        said.await.ok()
+        reply.await.ok()
     };
     match timeout(patience, exchange).await {
         Ok(Some(reply)) => reply,
-        Ok(None) => KeeperReply::Refused("vmesh-net is stopping".to_owned()),
-        Err(_) => KeeperReply::Refused("vmesh-net is busy changing rules: ask again".to_owned()),
+        Ok(None) => {
+            KeeperReply::Refused("vmesh-net is stopping; send the request again once it runs".to_owned())
+        }
+        Err(_) => KeeperReply::Refused(
+            "vmesh-net is busy with a change of rules; send the request again".to_owned(),
+        ),
     }
 }

@@ -117,7 +117,7 @@ async fn run_on_own_thread<F: Future<Output = ()>>(
         _ = ended.send(runtime.map(|runtime| runtime.block_on(make())));
     };
     std::thread::Builder::new().name(name.to_owned()).spawn(work)?;
-    end.await.unwrap_or_else(|_| Err(io::Error::other("its thread panicked")))
+    end.await.unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
 }
 
 fn exec_successor() -> ExitCode {
@@ -146,11 +146,11 @@ async fn run(arguments: Arguments) -> LastStep {
     let (mut tasks, handover) = start_tasks(options, agent, listener);
     let code = tokio::select! {
         signal = terminated => {
-            info!("{signal}: taking the rules away");
+            info!("{signal}: removing the rules of vmesh, then stopping");
             ExitCode::SUCCESS
         }
         _ = reload.recv() => {
-            info!("SIGHUP: starting again, with the rules as they are");
+            info!("SIGHUP: starting the program again; the rules stay in force");
             handover.send_replace(true);
             // This waits for the keeper, or for another task that ends early.
             _ = tasks.first_exit().await;
@@ -158,15 +158,15 @@ async fn run(arguments: Arguments) -> LastStep {
         }
         (name, result) = tasks.first_exit() => {
             match result {
-                Ok(()) => error!("task `{name}` ended, which it never should: stopping"),
-                Err(died) => error!("task `{name}` failed: stopping: {}", one_line(&died)),
+                Ok(()) => error!("task `{name}` ended unexpectedly: stopping"),
+                Err(died) => error!("task `{name}` failed, so vmesh-net stops: {}", one_line(&died)),
             }
             report::FAILURE.into()
         }
     };
     let late = tasks.stop_within(2 * drain + Duration::from_secs(30)).await;
     if !late.is_empty() {
-        warn!("still running and left behind: {}", late.join(", "));
+        warn!("these tasks did not stop in time: {}", late.join(", "));
     }
     LastStep::Exit(code)
 }
@@ -179,13 +179,13 @@ async fn prepare(arguments: Arguments) -> Result<(u32, Options, PathBuf), ExitCo
     let (Some(agent), Some(envoy)) = (user(&arguments.agent_user).await, user(&arguments.envoy_user).await)
     else {
         error!(
-            "there is no user `{}` or `{}`: create both (systemd-sysusers), or name them with --agent-user and --envoy-user",
+            "could not find the user `{}` or the user `{}`; create both with systemd-sysusers, or name others with --agent-user and --envoy-user",
             arguments.agent_user, arguments.envoy_user
         );
         return Err(report::USAGE.into());
     };
     if let Err(error) = std::fs::create_dir_all(&arguments.state_dir) {
-        error!("could not create {}: {error}", arguments.state_dir.display());
+        error!("could not create the state directory {}: {error}", arguments.state_dir.display());
         return Err(report::FAILURE.into());
     }
     let options = Options {

@@ -52,12 +52,11 @@ impl ProbeResults {
 pub async fn watch_envoy(
     mut looks: watch::Receiver<ProbedDirections>,
     users: BTreeSet<u32>,
-    told: watch::Sender<ProbeResults>,
+    results: watch::Sender<ProbeResults>,
 ) {
     loop {
         let at = *looks.borrow_and_update();
-        let seen = probe_listeners(at, &users).await;
-        told.send_replace(seen);
+        results.send_replace(probe_listeners(at, &users).await);
         tokio::select! {
             () = sleep(EVERY) => {}
             changed = looks.changed() => if changed.is_err() { return },

@@ -15,15 +15,15 @@ const GROUP: u32 = 1 << (7 - 1);
 /// The most transactions that wait for the keeper.
 pub const MAX_PENDING: usize = 64;
 
-/// Reports each transaction to `told`. None is left out because another one waits: the one that waits may be vmesh's own, which the keeper
+/// Reports each transaction to `transactions`. None is left out because another one waits: the one that waits may be vmesh's own, which the keeper
 /// ignores. While the channel is full, the kernel keeps reports, and drops them when its buffer is full; a dropped report counts as a
 /// change by an unknown process.
-pub async fn watch(told: mpsc::Sender<Generation>) {
+pub async fn watch(transactions: mpsc::Sender<Generation>) {
     let socket = match open() {
         Ok(socket) => socket,
         Err(error) => {
             tracing::warn!(
-                "changes of rules by others are noticed within 10 s and not at once: no socket for the kernel's notices: {error}"
+                "could not open a netlink socket, so vmesh-net sees a change of rules by another program after up to 10 s: {error}"
             );
             return std::future::pending().await;
         }
@@ -36,7 +36,7 @@ pub async fn watch(told: mpsc::Sender<Generation>) {
             Err(_) => Some(Generation { number: None, by: String::new(), pid: 0 }),
         };
         if let Some(changed) = changed
-            && told.send(changed).await.is_err()
+            && transactions.send(changed).await.is_err()
         {
             // The keeper has ended.
             return std::future::pending().await;
@@ -44,7 +44,7 @@ pub async fn watch(told: mpsc::Sender<Generation>) {
     }
 }
 
-#[expect(deprecated, reason = "what is registered is owned by what registers it, and closed after it")]
+#[expect(deprecated, reason = "AsyncFd owns the descriptor, and closes it after it is deregistered")]
 fn open() -> io::Result<AsyncFd<OwnedFd>> {
     AsyncFd::new(generations::open_socket(GROUP)?)
 }

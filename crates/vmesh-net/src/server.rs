@@ -37,7 +37,7 @@ const LOOKS_WITHIN: Duration = Duration::from_secs(5);
 
 /// The socket could not be created.
 #[derive(Debug, thiserror::Error)]
-#[error("could not listen on {} for the agent", .path.display())]
+#[error("could not create the socket {} for the agent", .path.display())]
 pub struct ListenError {
     path: PathBuf,
     #[source]
@@ -110,7 +110,7 @@ pub async fn serve(listener: UnixListener, answers: RequestHandler) {
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => stream,
                 Err(error) => {
-                    warn!("could not accept a connection: {error}");
+                    warn!("could not accept a connection, and tries again: {error}");
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     continue;
                 }
@@ -120,14 +120,14 @@ pub async fn serve(listener: UnixListener, answers: RequestHandler) {
         let (uid, pid) = match stream.peer_cred() {
             Ok(peer) => (peer.uid(), peer.pid()),
             Err(error) => {
-                warn!("a connection without a user is closed: {error}");
+                warn!("could not determine the user of a connection, so it is closed: {error}");
                 continue;
             }
         };
         let peer = Peer { uid, pid, may_change: uid == 0 || uid == answers.agent };
         if !peer.may_change {
             if read_only.make_room(uid) && log_limiter.is_due() {
-                warn!(uid, "too many connections: the oldest is closed");
+                warn!(uid, "this user has too many connections, so the oldest one is closed");
             }
             let handle =
                 connections.spawn(serve_connection(stream, peer, log_limiter.clone(), answers.clone(), None));
@@ -136,7 +136,7 @@ pub async fn serve(listener: UnixListener, answers: RequestHandler) {
         }
         // Each conversation holds a clone.
         if Arc::strong_count(&trusted) > TRUSTED_LIMIT {
-            warn!(uid, "too many connections: one is closed");
+            warn!(uid, "the agent and root have too many connections, so a new one is closed");
             continue;
         }
         let held = Some(Arc::clone(&trusted));
@@ -177,20 +177,24 @@ async fn serve_connection(
                 if may_change || log_limiter.is_due() {
                     warn!(
                         uid,
-                        "a question without an end, or longer than {limit} bytes: the connection is closed"
+                        "a request has no end or is longer than {limit} bytes, so its connection is closed"
                     );
                 }
                 return;
             }
-            Err(error) => return debug!(uid, "a connection broke: {error}"),
+            Err(error) => return debug!(uid, "could not read a request: {error}"),
         }
         let answer = match serde_json::from_slice::<Request>(&line) {
-            Err(error) => Response::Refused(format!("not a question of this version: {error}")),
+            Err(error) => Response::Refused(format!(
+                "could not parse the request; its sender may be of another version: {error}"
+            )),
             Ok(ask) if !may_change && !ask.is_for_anybody() => {
                 if log_limiter.is_due() {
-                    warn!(uid, "a change was asked for by a user that may not");
+                    warn!(uid, "refused a change that a user without permission requested");
                 }
-                Response::Refused(format!("user {uid} may look, and change nothing"))
+                Response::Refused(format!(
+                    "user {uid} may read the status only; changes need the agent's user or root"
+                ))
             }
             Ok(ask) => answers.answer(ask, peer.pid).await,
         };

@@ -29,27 +29,24 @@ pub(crate) fn load(path: &Path) -> (SavedState, bool) {
         Ok(text) => text,
         Err(error) if error.is_not_found() => return (SavedState::default(), true),
         Err(error) => {
-            warn!("what was captured is not known until the agent says it: {}", one_line(&error));
+            warn!(
+                "could not read the state file, so no rule changes until the agent connects: {}",
+                one_line(&error)
+            );
             return (SavedState::default(), false);
         }
     };
     let error = match serde_json::from_slice::<SavedState>(&text) {
         Ok(state) if is_undamaged(&text) => return (state, true),
         Ok(state) => {
-            warn!(
-                "{} is damaged, its checksum is wrong: what was captured is not known until the agent says it",
-                path.display()
-            );
+            warn!("the checksum of {} is wrong, so no rule changes until the agent connects", path.display());
             // The footprint is safe to use, because it can only lead to the removal of empty chains.
             let commit = CommitRecord { footprint: state.commit.footprint, ..CommitRecord::default() };
             return (SavedState { commit, ..SavedState::default() }, false);
         }
         Err(error) => error,
     };
-    warn!(
-        "{} is not what this version writes; what was captured is not known until the agent says it: {error}",
-        path.display()
-    );
+    warn!("could not parse {}, so no rule changes until the agent connects: {error}", path.display());
     (parts(&text), false)
 }
 

@@ -118,11 +118,11 @@ fn note_of_inbound((envoy, redirects): (EnvoyHealth, RedirectState)) -> Option<S
     match (envoy, redirects) {
         (EnvoyHealth::Well | EnvoyHealth::Unknown, RedirectState::Hold | RedirectState::None) => None,
         (_, RedirectState::Lapsed) => Some(format!(
-            "inbound redirects have lapsed, since {}: connections from outside go past Envoy where that is allowed",
+            "inbound redirects have lapsed ({}): new connections from outside go past Envoy where `on_loss: open` allows it",
             explain_lapse(envoy)
         )),
         (EnvoyHealth::Well | EnvoyHealth::Unknown, _) => None,
-        (_, _) => Some(format!("{}, as far as connections from outside go", explain_lapse(envoy))),
+        (_, _) => Some(format!("inbound redirects may lapse soon: {}", explain_lapse(envoy))),
     }
 }
 

@@ -125,7 +125,7 @@ fn what_cannot_be_captured_is_refused_with_the_place() {
         expect![[r#"
                 agent.yaml:2:21: `outbound`: `all` is not a capture mode: `off`, `explicit`, `transparent`, or a map as {capture: addresses, percent: 5}
                 agent.yaml:2:45: `capture`: `tproxi` is not known here, did you mean `tproxy`?
-                agent.yaml:2:74: `timeout`: 1s is not from 3s to 10m, in whole seconds"#]],
+                agent.yaml:2:74: `timeout`: 1s is not a duration from 3s to 10m in whole seconds"#]],
     );
     refused(
         &format!(

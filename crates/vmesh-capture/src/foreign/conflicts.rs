@@ -66,20 +66,20 @@ impl fmt::Display for Conflict {
         match self {
             Conflict::Opens { ports, refused_by } => write!(
                 f,
-                "port {ports} is kept closed by this host's own filter ({refused_by}), which lets translated connections in: a redirect \
-                 would open the port to the network. Take `capture.inbound: {{capture: tproxy}}`, open the port, or allow it by \
-                 `capture.inbound: {{capture: redirect, bypass_filter: {}}}`",
+                "this host's own filter keeps port {ports} closed ({refused_by}) and accepts translated connections, so a redirect would \
+                 open the port to the network. Use `capture.inbound: {{capture: tproxy}}`, open the port in the filter, or allow the \
+                 redirect with `capture.inbound: {{capture: redirect, bypass_filter: {}}}`",
                 bypass(*ports)
             ),
             Conflict::Closes { ports, refused_by } => write!(
                 f,
-                "this host's own filter lets connections in to port {ports}, and refuses them once they are redirected to Envoy's port \
-                 {INBOUND_PORT} ({refused_by}): let TCP port {INBOUND_PORT} in there, or take `capture.inbound: {{capture: tproxy}}`"
+                "this host's own filter accepts connections to port {ports}, and refuses them once they are redirected to Envoy's port \
+                 {INBOUND_PORT} ({refused_by}). Accept TCP port {INBOUND_PORT} in the filter, or use `capture.inbound: {{capture: tproxy}}`"
             ),
             Conflict::Unjudged { ports, why } => write!(
                 f,
-                "whether this host's own filter keeps port {ports} closed is not known ({why}), and a redirect could open the port to the \
-                 network. Take `capture.inbound: {{capture: tproxy}}`, or allow it by `capture.inbound: {{capture: redirect, \
+                "vmesh cannot tell whether this host's own filter keeps port {ports} closed ({why}), and a redirect could open the port to \
+                 the network. Use `capture.inbound: {{capture: tproxy}}`, or allow the redirect with `capture.inbound: {{capture: redirect, \
                  bypass_filter: {}}}`",
                 bypass(*ports)
             ),
@@ -110,8 +110,7 @@ pub fn inbound_conflicts(rules: &Ruleset, ports: &BTreeSet<Ports>) -> Vec<Confli
             };
             redirected.iter().find_map(of_family)
         } else {
-            let why =
-                format!("its rules tell more than {MAX_JUDGED_RANGES} ranges of the captured ports apart");
+            let why = format!("its rules split the captured ports into more than {MAX_JUDGED_RANGES} ranges");
             Some(Conflict::Unjudged { ports: range, why })
         };
         let Some(conflict) = conflict else { continue };
@@ -161,7 +160,7 @@ impl Judgement {
     /// Removes the conflicting ports from `spec`. Returns a note for each conflict.
     pub fn remove_conflicts(&self, spec: &mut Spec) -> Vec<String> {
         let outdated = self.outdated.iter().map(|why| {
-            format!("inbound.ports: this host's own filter counts as it was last read, for 5 minutes at most: {why}")
+            format!("inbound.ports: the rules of this host's own filter could not be read, so their last reading is used for up to 5 minutes: {why}")
         });
         let mut notes: Vec<String> = outdated.collect();
         for conflict in &self.conflicts {
@@ -201,7 +200,7 @@ impl InboundJudge {
     /// valid for five minutes. Without such a verdict, the ports are [`Conflict::Unjudged`].
     pub fn judge(&mut self, ports: &BTreeSet<Ports>, now: Instant) -> Arc<Judgement> {
         let Some(rules) = &self.rules else {
-            let why = "its rules have not been read";
+            let why = "its rules were not read yet";
             let unjudged = |ports: &Ports| Conflict::Unjudged { ports: *ports, why: why.to_owned() };
             return Arc::new(Judgement { conflicts: ports.iter().map(unjudged).collect(), outdated: None });
         };

@@ -15,7 +15,7 @@ impl Ruleset {
     pub fn add_nft(&mut self, json: &str) {
         let value: Value = serde_json::from_str(json).unwrap_or(Value::Null);
         let Some(items) = value.get("nftables").and_then(Value::as_array) else {
-            return self.add_gap("what `nft -j list ruleset` printed is not understood");
+            return self.add_gap("the output of `nft -j list ruleset` could not be parsed");
         };
         let verdict_maps: BTreeMap<(String, String), &[Value]> = items
             .iter()

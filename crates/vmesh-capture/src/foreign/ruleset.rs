@@ -195,13 +195,13 @@ impl Ruleset {
             return Outcome { falls_through: true, ..outcome };
         };
         if depth >= MAX_DEPTH {
-            return Outcome { gave_up: Some("its chains jump too deep"), ..outcome };
+            return Outcome { gave_up: Some("its chains jump too deeply"), ..outcome };
         }
         let (listing, table, name) = key;
         for rule in &chain.rules {
             *steps += 1;
             if *steps > budget {
-                outcome.gave_up = Some("it has more rules than are followed");
+                outcome.gave_up = Some("it has more rules than vmesh evaluates");
                 return outcome;
             }
             let holds = rule.conditions.iter().fold(Tristate::Yes, |all, one| all.and(one.holds(packet)));

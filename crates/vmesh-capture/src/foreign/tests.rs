@@ -136,14 +136,14 @@ fn the_rules_that_lose_captured_connections_are_named() {
 fn rules_that_go_round_in_circles_end_and_garbage_is_no_rule() {
     let circle =
         "*filter\n:INPUT DROP [0:0]\n:a - [0:0]\n-A INPUT -j a\n-A a -j a\n-A a -j a\n-A a -j a\nCOMMIT\n";
-    assert_eq!(judged(&iptables(circle), "80"), ["unjudged 80: its chains jump too deep"]);
+    assert_eq!(judged(&iptables(circle), "80"), ["unjudged 80: its chains jump too deeply"]);
     for garbage in ["", "[]", "{\"nftables\": 7}", "\0", "*\n-A\n-A x\n:\n"] {
         assert_eq!(judged(&iptables(garbage), "80"), [""; 0]);
         let mut rules = Ruleset::default();
         rules.add_nft(garbage);
         assert_eq!(
             judged(&rules, "80"),
-            ["unjudged 80: what `nft -j list ruleset` printed is not understood"]
+            ["unjudged 80: the output of `nft -j list ruleset` could not be parsed"]
         );
     }
 }
@@ -154,7 +154,7 @@ fn more_rules_than_are_followed_are_not_taken_for_no_filter() {
     let rules = iptables(&format!(
         "*filter\n:INPUT ACCEPT [0:0]\n{accepts}-A INPUT -p tcp --dport 80 -j DROP\nCOMMIT\n"
     ));
-    assert_eq!(judged(&rules, "80"), ["unjudged 80: it has more rules than are followed"]);
+    assert_eq!(judged(&rules, "80"), ["unjudged 80: it has more rules than vmesh evaluates"]);
 }
 
 #[test]
@@ -167,7 +167,7 @@ fn ports_that_no_rule_tells_apart_are_judged_together_and_those_beyond_the_bound
     assert_eq!(judged(&rules, "1-7999 8011-65535"), [""; 0]);
     let each: String = (1..=300).map(|port| format!("-A INPUT -p tcp --dport {port} -j ACCEPT\n")).collect();
     let rules = iptables(&format!("*filter\n:INPUT ACCEPT [0:0]\n{each}COMMIT\n"));
-    let why = "its rules tell more than 256 ranges of the captured ports apart";
+    let why = "its rules split the captured ports into more than 256 ranges";
     assert_eq!(judged(&rules, "1-400"), [format!("unjudged 257-400: {why}")]);
 }
 
@@ -247,7 +247,7 @@ fn rules_that_cannot_be_read_keep_the_last_complete_verdict_for_a_while_and_are_
     judge.forget();
     assert_eq!(
         shown(&judge.judge(&ports("80"), now).conflicts),
-        ["unjudged 80: its rules have not been read"]
+        ["unjudged 80: its rules were not read yet"]
     );
     judge.set_rules(nft(FIREWALLD));
     let closed = "opens 80: inet firewalld filter_INPUT: reject";

@@ -203,12 +203,13 @@ impl Machine {
         let recent = self.report.changed_by.take();
         let by =
             recent.filter(|(when, _)| now.saturating_duration_since(*when) < TICK).and_then(|(_, by)| by);
-        let what: Vec<String> = changes.into_iter().take(MAX_LISTED).collect();
-        let who = by.as_deref().unwrap_or("somebody");
-        let text = format!("rules of vmesh were changed by {who} and are mended: {}", what.join("; "));
+        let changes: Vec<String> = changes.into_iter().take(MAX_LISTED).collect();
+        let who = by.as_deref().unwrap_or("another program");
+        let text =
+            format!("{who} changed rules of vmesh, and vmesh-net restored them: {}", changes.join("; "));
         self.log(LogLevel::Warn, text);
         let count = self.report.drift.count + 1;
-        self.report.drift = Drift { count, at: Some(now), what, by };
+        self.report.drift = Drift { count, at: Some(now), changes, by };
     }
 
     /// Begins to remove the rules: those of other backends first.
@@ -251,7 +252,7 @@ impl Machine {
         }
         if applied.changes.is_some() {
             let text =
-                format!("nothing new is captured; {open} connections through redirects are left to end");
+                format!("capture is off: {open} redirected connections drain before the rules are removed");
             self.log(LogLevel::Info, text);
         }
         self.kernel = KernelRules::Has(program);
@@ -262,7 +263,7 @@ impl Machine {
         match result {
             Ok(changed) => {
                 if changed {
-                    self.log(LogLevel::Info, "the host's rules are as they were before vmesh");
+                    self.log(LogLevel::Info, "removed all rules of vmesh");
                 }
                 self.kernel = KernelRules::Absent;
                 self.leaving_since = None;
@@ -287,7 +288,12 @@ impl Machine {
             return self.read_host(Phase::ReadingHostAgain);
         }
         if self.report.error.as_ref() != Some(&why) {
-            self.log(LogLevel::Error, format!("the host is not as it is wanted: {why}"));
+            self.log(
+                LogLevel::Error,
+                format!(
+                    "could not bring the rules of the host to the wanted state; vmesh-net tries again: {why}"
+                ),
+            );
         }
         self.report.error = Some(why);
     }

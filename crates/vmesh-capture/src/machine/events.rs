@@ -23,7 +23,7 @@ impl Machine {
                         self.record_rollback(spec, why);
                         self.tasks.extend([Task::Reconcile(Refresh::Host), Task::Reply(Ok(()))]);
                     }
-                    None => self.reply(Err("nothing of that number is on trial".to_owned())),
+                    None => self.reply(Err("no trial has this number; it may have ended".to_owned())),
                 }
             }
             Event::Retry => {
@@ -31,7 +31,9 @@ impl Machine {
                 if let Some((spec, _)) = self.failed_trial.take() {
                     self.agent_spec.get_or_insert(spec);
                 }
-                let save = Task::Save(SaveFor::Warn("after a restart it would not be tried again: "));
+                let save = Task::Save(SaveFor::Warn(
+                    "could not save the state, so a restart would forget this retry: ",
+                ));
                 self.tasks.extend([save, Task::Reply(Ok(()))]);
             }
             Event::RulesChanged { by, bypassed } => {
@@ -67,7 +69,7 @@ impl Machine {
                 self.tasks.push_back(Task::Exit);
             }
             result => {
-                self.log(LogLevel::Error, format!("a result that nobody waits for is left out: {result:?}"))
+                self.log(LogLevel::Error, format!("ignored a result that no phase waits for: {result:?}"))
             }
         }
     }
@@ -93,7 +95,8 @@ impl Machine {
             self.tasks.push_back(Task::Reconcile(Refresh::Rules));
         }
         if let Some(spec) = self.commit.tick(now) {
-            let doubt = self.trial.doubt.take().unwrap_or_else(|| "nobody confirmed it in time".to_owned());
+            let doubt =
+                self.trial.doubt.take().unwrap_or_else(|| "no client confirmed it in time".to_owned());
             self.record_rollback(spec, doubt);
             bring = true;
         }
@@ -122,8 +125,7 @@ impl Machine {
             }
             Task::SaveIfDue => {
                 if self.may_save() && self.pending.save_at.is_some_and(|at| at <= now) {
-                    let before =
-                        "after a restart what was known before would be in force, until the agent speaks: ";
+                    let before = "could not save the state, so a restart would use the older endpoints until the agent connects: ";
                     self.save(Phase::Saving(SaveFor::Warn(before)));
                 }
             }
@@ -142,20 +144,19 @@ impl Machine {
     /// Gives up a trial because the process ends. The spec is not recorded as failed.
     fn abandon_trial(&mut self) {
         self.commit.revert();
-        let save = SaveFor::Warn("after the next start an older state would be in force: ");
+        let save = SaveFor::Warn("could not save the state, so the next start would use an older one: ");
         self.tasks.push_back(Task::Save(save));
     }
 
     fn exit_if_removed(&mut self, now: Instant) {
         let Lifecycle::Stops { since } = self.life else { return };
         if self.kernel == KernelRules::Absent {
-            self.log(LogLevel::Info, "the host's rules are as they were");
+            self.log(LogLevel::Info, "no rule of vmesh is left: stopping");
             self.actions.push(Action::Exit);
         } else if let Some(error) = &self.report.error
             && now.saturating_duration_since(since) > 2 * self.drain
         {
-            let text =
-                format!("the rules of vmesh could not be taken away: run /usr/lib/vmesh/bypass ({error})");
+            let text = format!("could not remove the rules of vmesh; run /usr/lib/vmesh/bypass: {error}");
             self.log(LogLevel::Error, text);
             self.actions.push(Action::Exit);
         }
@@ -167,7 +168,11 @@ impl Machine {
         if changed {
             self.log(
                 LogLevel::Info,
-                if bypassed { "bypassed: nothing is captured" } else { "the bypass is lifted" },
+                if bypassed {
+                    "the bypass is set: nothing is captured"
+                } else {
+                    "the bypass is lifted: capture starts again"
+                },
             );
             self.commit.set_bypassed(bypassed);
         }

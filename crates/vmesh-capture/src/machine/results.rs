@@ -85,7 +85,7 @@ impl Machine {
             }
             (phase, event) => {
                 self.phase = phase;
-                self.log(LogLevel::Error, format!("an event out of turn is left out: {event:?}"));
+                self.log(LogLevel::Error, format!("ignored an event out of turn: {event:?}"));
             }
         }
     }

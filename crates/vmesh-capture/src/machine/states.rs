@@ -53,7 +53,7 @@ pub enum CaptureState {
 pub struct Drift {
     pub count: u64,
     pub at: Option<Instant>,
-    pub what: Vec<String>,
+    pub changes: Vec<String>,
     pub by: Option<String>,
 }
 
@@ -181,7 +181,7 @@ pub(super) struct PendingWork {
     pub(super) refresh: Option<Refresh>,
     pub(super) save_at: Option<Instant>,
     pub(super) path_with_rules: bool,
-    /// The time when the last attempt began.
+    /// The start of the last attempt.
     pub(super) last_attempt: Option<Instant>,
 }
 

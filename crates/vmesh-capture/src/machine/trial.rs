@@ -25,7 +25,9 @@ impl Machine {
         now: Instant,
     ) {
         if let Err(error) = spec.limits() {
-            return self.reply(Err(format!("this is not captured, and what was is as before: {error}")));
+            return self.reply(Err(format!(
+                "the new capture spec is refused, and the current one stays in force: {error}"
+            )));
         }
         // The kernel may have rules that no saved state mentions. So the first want is applied in any case,
         // even if it equals the current spec.
@@ -53,7 +55,7 @@ impl Machine {
                 self.tasks.extend([Task::Reconcile(Refresh::Endpoints), Task::Reply(Ok(()))]);
             }
             ProposalOutcome::Same | ProposalOutcome::Routine => {
-                let save = SaveFor::Warn("after a restart an older state would be in force: ");
+                let save = SaveFor::Warn("could not save the state, so a restart would use an older one: ");
                 self.tasks.extend([Task::Save(save), Task::Reconcile(Refresh::Host), Task::AnswerWant]);
             }
             ProposalOutcome::Trial => {
@@ -84,10 +86,10 @@ impl Machine {
 
     pub(super) fn handle_confirm(&mut self, trial: u64) {
         if trial != self.trial.number || self.commit.until().is_none() {
-            return self.refuse_confirmation("nothing of that number is on trial".to_owned());
+            return self.refuse_confirmation("no trial has this number; it may have ended".to_owned());
         }
         if self.commit.is_bypassed() {
-            let why = "the host is out of the mesh by its bypass: what is not on the host shows nothing";
+            let why = "the trial cannot be confirmed while the bypass is set, because its rules are not installed; lift the bypass first";
             return self.refuse_confirmation(why.to_owned());
         }
         self.tasks.push_back(Task::CheckListeners);
@@ -118,11 +120,10 @@ impl Machine {
                     self.commit.confirm();
                     self.failed_trial = None;
                     self.trial.doubt = None;
-                    self.log(
-                        LogLevel::Info,
-                        format!("the change is confirmed (number {})", self.trial.number),
+                    self.log(LogLevel::Info, format!("trial {} is confirmed", self.trial.number));
+                    let save = SaveFor::Warn(
+                        "could not save the confirmation, so a restart would roll the trial back: ",
                     );
-                    let save = SaveFor::Warn("a restart would take back what was just confirmed: ");
                     self.tasks.extend([
                         Task::Save(save),
                         Task::Reconcile(Refresh::Rules),
@@ -136,7 +137,7 @@ impl Machine {
 
     /// Records a rolled-back trial, and why it failed.
     pub(super) fn record_rollback(&mut self, spec: Spec, why: String) {
-        self.log(LogLevel::Warn, format!("a change of capture is taken back: {why}"));
+        self.log(LogLevel::Warn, format!("rolled back the trial: {why}"));
         self.failed_trial = Some((spec, why));
         self.tasks.push_back(Task::Save(SaveFor::Warn("")));
     }
@@ -145,7 +146,7 @@ impl Machine {
         let Some(error) = self.report.error.clone() else { return self.reply(Ok(())) };
         match self.commit.revert() {
             Some(spec) => {
-                let why = format!("it could not be applied: {error}");
+                let why = format!("its rules could not be applied: {error}");
                 self.record_rollback(spec, why.clone());
                 self.tasks.extend([Task::Reconcile(Refresh::Host), Task::Reply(Err(why))]);
             }
@@ -217,8 +218,8 @@ impl Machine {
         match ports.into_iter().find_map(untracking) {
             None => Ok(()),
             Some((port, rule)) => Err(format!(
-                "connections to port {port} of virtual addresses lead nowhere: a rule keeps them from being tracked, and so from \
-                 being captured ({rule})"
+                "connections to port {port} of virtual addresses fail: a rule excludes them from connection tracking, so they cannot \
+                 be captured ({rule}); exclude the virtual addresses from that rule"
             )),
         }
     }
@@ -253,13 +254,13 @@ fn check_sessions(before: &[Session], now: &[Session]) -> Result<(), String> {
     let living: Vec<_> = before.iter().filter_map(|session| still(&session)).collect();
     if !before.is_empty() && living.is_empty() {
         return Err(format!(
-            "the SSH sessions that were open ({}) have all ended since; if they were closed on purpose, try again",
+            "all SSH sessions that were open when the trial began ({}) have ended; if they were closed on purpose, confirm again",
             before.len()
         ));
     }
     let stuck = living.iter().filter(|session| session.stuck).count();
     if stuck > 0 {
-        return Err(format!("{stuck} SSH sessions get no answer since"));
+        return Err(format!("{stuck} SSH sessions get no answer since the trial began"));
     }
     Ok(())
 }
@@ -278,7 +279,7 @@ mod tests {
         assert_eq!(check_sessions(&[session(1, false), session(2, true)], &[session(1, false)]), Ok(()));
         assert_eq!(check_sessions(&[], &[session(1, true)]), Ok(()));
         assert!(
-            check_sessions(&[session(1, false)], &[session(3, false)]).unwrap_err().contains("all ended")
+            check_sessions(&[session(1, false)], &[session(3, false)]).unwrap_err().contains("have ended")
         );
         assert!(check_sessions(&[session(1, false)], &[session(1, true)]).unwrap_err().contains("no answer"));
     }

@@ -79,7 +79,7 @@ impl ProgramBuilder<'_> {
         &mut self,
         subject: &'static str,
         database: &'static str,
-        what: &str,
+        kind: &str,
         account: &Account,
         number: Option<AccountNumber>,
     ) -> Option<u32> {
@@ -87,7 +87,7 @@ impl ProgramBuilder<'_> {
             Some(AccountNumber::Now(number)) => Some(number),
             Some(AccountNumber::Last(number)) => {
                 let message = format!(
-                    "the host does not know the {what} `{account}` any more, or not now: its last number, {number}, counts"
+                    "the host no longer knows the {kind} `{account}`, or its name service does not answer: its last number, {number}, is used"
                 );
                 self.note(subject, message);
                 Some(number)
@@ -98,7 +98,7 @@ impl ProgramBuilder<'_> {
                 self.note(
                     subject,
                     format!(
-                        "`getent {database} {account}` does not answer: it selects nothing until it does"
+                        "`getent {database} {account}` does not answer: `{account}` selects nothing until it does"
                     ),
                 );
                 None
@@ -111,7 +111,7 @@ impl ProgramBuilder<'_> {
             None => {
                 self.note(
                     subject,
-                    format!("there is no {what} `{account}`: it selects nothing until there is"),
+                    format!("there is no {kind} `{account}`: the name selects nothing until it exists"),
                 );
                 None
             }
@@ -121,7 +121,7 @@ impl ProgramBuilder<'_> {
     fn unit(&mut self, subject: &'static str, unit: &Unit) -> Option<Cgroup> {
         let found = self.host.units.get(unit).cloned();
         if found.is_none() {
-            self.note(subject, format!("{unit} does not run: it selects nothing until it does"));
+            self.note(subject, format!("{unit} does not run: it selects nothing until it runs"));
         }
         found
     }

@@ -56,13 +56,13 @@ impl ProgramBuilder<'_> {
         let never: BTreeSet<u16> = self.ssh().into_iter().chain(self.own()).collect();
         for (subject, ports) in [("inbound.ports", &inbound.ports), ("inbound.strict", &inbound.strict)] {
             for port in never.iter().filter(|port| ports.iter().any(|ports| ports.contains(**port))) {
-                let whose = if self.own().contains(port) { "Envoy's or the agent's own" } else { "SSH" };
-                self.note(subject, format!("{port} is left out: it is {whose}"));
+                let owner = if self.own().contains(port) { "a port of Envoy or of the agent" } else { "SSH" };
+                self.note(subject, format!("{port} is not captured: it is {owner}"));
             }
         }
         if let BypassFilter::Ports(ports) = &inbound.bypass_filter {
             for ports in ports_without(ports, &inbound.ports) {
-                let message = format!("{ports} changes nothing: it is not among the ports that are captured");
+                let message = format!("{ports} has no effect: it is not among the captured ports");
                 self.note("inbound.bypass_filter", message);
             }
         }

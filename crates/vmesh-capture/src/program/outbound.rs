@@ -121,8 +121,8 @@ impl ProgramBuilder<'_> {
         last
     }
 
-    /// Sends the callers with a share of their own to the chain of this share, and all others to the chain of
-    /// the whole. Adds these chains.
+    /// Adds a chain for each share. The last chain sends a caller to the chain of its own share, or else to the
+    /// chain of the whole.
     fn share_chains(&mut self, mut last: Chain, chains: &mut Vec<Chain>) {
         let caller_shares = self.caller_shares();
         let mut shares: BTreeSet<Percent> = caller_shares.keys().copied().collect();
@@ -225,7 +225,12 @@ impl ProgramBuilder<'_> {
                 || vip.ip().is_multicast()
                 || vip.port() == 0
             {
-                self.note("outbound.vips", format!("{vip} is not captured: no other host could have it"));
+                self.note(
+                    "outbound.vips",
+                    format!(
+                        "{vip} is not captured: a virtual address must be one that another host could have"
+                    ),
+                );
             } else {
                 vips.insert(*vip);
             }

@@ -31,7 +31,9 @@ impl TryFrom<Duration> for Seconds {
     fn try_from(duration: Duration) -> Result<Self, String> {
         match u32::try_from(duration.as_secs()) {
             Ok(seconds @ 3..=600) if duration.subsec_nanos() == 0 => Ok(Seconds(seconds)),
-            _ => Err(format!("{} is not from 3s to 10m, in whole seconds", show_duration(duration))),
+            _ => {
+                Err(format!("{} is not a duration from 3s to 10m in whole seconds", show_duration(duration)))
+            }
         }
     }
 }
@@ -78,7 +80,7 @@ impl<'de> Deserialize<'de> for Percent {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let number = u64::deserialize(deserializer)?;
         let percent = u8::try_from(number).ok().and_then(Percent::new);
-        percent.ok_or_else(|| de::Error::custom(format!("{number} is not a share: 0 to 100, in percent")))
+        percent.ok_or_else(|| de::Error::custom(format!("{number} is not a percentage from 0 to 100")))
     }
 }
 
@@ -154,7 +156,9 @@ impl FromStr for Interface {
         if (1..=15).contains(&text.len()) && text.chars().all(plain) {
             Ok(Interface(text.to_owned()))
         } else {
-            Err(format!("`{text}` is not the name of an interface: whole names, as `ip link` shows them"))
+            Err(format!(
+                "`{text}` is not the name of an interface: write the whole name, as `ip link` shows it"
+            ))
         }
     }
 }
@@ -226,7 +230,7 @@ impl FromStr for Unit {
             Ok(Unit(text.to_owned()))
         } else {
             Err(format!(
-                "`{text}` is not a unit with processes: its whole name, such as app.service or batch.slice"
+                "`{text}` is not a unit with processes: write the whole name, such as app.service or batch.slice"
             ))
         }
     }
@@ -235,7 +239,7 @@ impl FromStr for Unit {
 /// Implements serde for types that are written as text. Values that look like numbers may be written as
 /// numbers.
 macro_rules! text {
-    ($($name:ident: $what:literal),+) => {$(
+    ($($name:ident: $expected:literal),+) => {$(
         impl Serialize for $name {
             fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
                 serializer.collect_str(self)
@@ -250,7 +254,7 @@ macro_rules! text {
                     type Value = $name;
 
                     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                        f.write_str($what)
+                        f.write_str($expected)
                     }
 
                     fn visit_str<E: de::Error>(self, text: &str) -> Result<$name, E> {

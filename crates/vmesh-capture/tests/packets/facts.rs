@@ -94,7 +94,7 @@ async fn a_tool_that_is_missing_or_hangs_is_named_with_what_was_attempted() {
     let error = vm.applier.read().await.unwrap_err();
     assert_eq!(
         error.to_string(),
-        "could not run `/no/such/nft -j list table inet vmesh` to list the rules; is it installed, and allowed to this process?"
+        "could not run `/no/such/nft -j list table inet vmesh` to list the rules; check that it is installed and that this process may run it"
     );
     let dir = vmesh_testkit::tempdir().unwrap();
     let slow = dir.join("nft");
@@ -103,6 +103,6 @@ async fn a_tool_that_is_missing_or_hangs_is_named_with_what_was_attempted() {
     vm.applier.tools.nft = slow;
     vm.applier.tools.timeout = Duration::from_millis(100);
     let error = vm.applier.read().await.unwrap_err().to_string();
-    assert!(error.contains("had not ended after 100ms, so it was killed"), "{error}");
+    assert!(error.contains("did not end within 100ms and was killed"), "{error}");
     assert_eq!(vm.applier.backend, Backend::Nft);
 }

@@ -118,7 +118,7 @@ with_every_backend! {
         group.make_anew();
         vm.facts.units.insert("app.service".parse().unwrap(), group.cgroup());
         let mended = vm.capture(yaml).await;
-        assert!(mended.changes.iter().any(|change| change.what.contains("include_unit_0")), "{mended}");
+        assert!(mended.changes.iter().any(|change| change.place.contains("include_unit_0")), "{mended}");
         assert_eq!((group.call(&vm, address), vm.call(address)), ("envoy".to_owned(), "app".to_owned()));
 
         // A slice that is never captured, and a control group below it.

@@ -50,7 +50,7 @@ with_every_backend! {
             BackendKind::Nft => &[
                 ("nft delete table inet vmesh", "+ table inet vmesh"),
                 ("nft flush ruleset", "+ table inet vmesh"),
-                ("nft insert rule inet vmesh outbound accept", "! outbound: a rule that is not ours"),
+                ("nft insert rule inet vmesh outbound accept", "! outbound: a rule that is not vmesh's"),
                 ("nft flush chain inet vmesh to_100", "+ to_100/everything"),
                 ("nft flush set inet vmesh captured_vips4", "~ set captured_vips4: its elements (IPv4)"),
                 ("nft add element inet vmesh outbound_ssh '{ 8000-9000 }'", "~ set outbound_ssh: its elements"),
@@ -59,9 +59,9 @@ with_every_backend! {
             ],
             _ => &[
                 ("iptables-restore </dev/null; F=$(iptables-save | grep -- '-j VMESH_OUTBOUND' | sed 's/^-A/-D/'); \
-                  printf '*nat\n%s\nCOMMIT\n' \"$F\" | iptables-restore --noflush", "+ ip nat OUTPUT: the jump to us is not there"),
-                ("printf '*nat\n-I OUTPUT 1 -p udp -j ACCEPT\nCOMMIT\n' | iptables-restore --noflush", "~ ip nat OUTPUT: the jump to us is not first"),
-                ("printf '*nat\n-I VMESH_OUTBOUND 1 -j ACCEPT\nCOMMIT\n' | ip6tables-restore --noflush", "! ip6 nat VMESH_OUTBOUND: a rule that is not ours"),
+                  printf '*nat\n%s\nCOMMIT\n' \"$F\" | iptables-restore --noflush", "+ ip nat OUTPUT: the jump to vmesh's chain is missing"),
+                ("printf '*nat\n-I OUTPUT 1 -p udp -j ACCEPT\nCOMMIT\n' | iptables-restore --noflush", "~ ip nat OUTPUT: the jump to vmesh's chain is not the first rule"),
+                ("printf '*nat\n-I VMESH_OUTBOUND 1 -j ACCEPT\nCOMMIT\n' | ip6tables-restore --noflush", "! ip6 nat VMESH_OUTBOUND: a rule that is not vmesh's"),
                 ("printf '*nat\n-F VMESH_TO_100\nCOMMIT\n' | iptables-restore --noflush", "+ ip nat VMESH_TO_100/everything"),
                 ("printf '*nat\n:VMESH_OLD - [0:0]\n-A PREROUTING -j VMESH_OLD\nCOMMIT\n' | iptables-restore --noflush", "- ip nat VMESH_OLD"),
                 ("printf '*nat\nCOMMIT\n' | iptables-restore", "+ ip nat VMESH_OUTBOUND"),
@@ -129,8 +129,8 @@ with_every_backend! {
             command.arg(script).args(arguments).env_clear().env("VMESH_BYPASS_FLAG", &flag);
             command.env("PATH", format!("{}:/usr/bin:/bin", vm.tools.dir.display()));
             let started = Instant::now();
-            let said = printed(&mut command);
-            (said, started.elapsed())
+            let output = printed(&mut command);
+            (output, started.elapsed())
         };
         let yaml = "outbound: {capture: all, on_loss: closed}\ninbound: {capture: redirect, ports: [3306], strict: [3306]}";
         vm.capture(yaml).await;
@@ -139,8 +139,8 @@ with_every_backend! {
         bypass(&["--keep-connections"]);
         assert_eq!((vm.call(to), vm.call(to6)), ("app".to_owned(), "app".to_owned()));
         assert!(redirected.works() && flag.exists());
-        let (said, took) = bypass(&[]);
-        eprintln!("{said} in {took:?}");
+        let (output, took) = bypass(&[]);
+        eprintln!("{output} in {took:?}");
         assert!(!vm.ruleset().to_lowercase().contains("vmesh"));
         // Empty chains that iptables created for vmesh's rules are removed by the agent. The script cannot
         // know who created them.
@@ -162,8 +162,8 @@ with_every_backend! {
         full.args(["--mount", "sh", "-ec", script]).env("D", dir.join("state"));
         full.env("SCRIPT", concat!(env!("CARGO_MANIFEST_DIR"), "/bypass.sh"));
         full.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", vm.tools.dir.display()));
-        let said = printed(&mut full);
-        assert!(said.contains("nothing is captured any more"), "{said}");
+        let output = printed(&mut full);
+        assert!(output.contains("captures no new connections"), "{output}");
     }
 }
 

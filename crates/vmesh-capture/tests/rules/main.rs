@@ -54,15 +54,15 @@ fn what_has_no_effect_on_this_host_is_said_and_costs_nothing_else() {
     let (program, notes) = Program::new(&spec(yaml), &host(), Stage::Confirmed).unwrap();
     let notes: String = notes.iter().map(|note| format!("{note}\n")).collect();
     expect![[r#"
-        inbound.ports: 15001 is left out: it is Envoy's or the agent's own
-        inbound.ports: 15006 is left out: it is Envoy's or the agent's own
-        inbound.ports: 22 is left out: it is SSH
-        inbound.strict: 15020 is left out: it is Envoy's or the agent's own
+        inbound.ports: 15001 is not captured: it is a port of Envoy or of the agent
+        inbound.ports: 15006 is not captured: it is a port of Envoy or of the agent
+        inbound.ports: 22 is not captured: it is SSH
+        inbound.strict: 15020 is not captured: it is a port of Envoy or of the agent
         outbound.addresses: 10.0.0.1:22 is not captured: port 22 is SSH, which never is
-        outbound.exclude: gone.service does not run: it selects nothing until it does
-        outbound.exclude: there is no group `none`: it selects nothing until there is
-        outbound.include: there is no user `nobody-knows`: it selects nothing until there is
-        outbound.vips: 127.0.0.1:80 is not captured: no other host could have it
+        outbound.exclude: gone.service does not run: it selects nothing until it runs
+        outbound.exclude: there is no group `none`: the name selects nothing until it exists
+        outbound.include: there is no user `nobody-knows`: the name selects nothing until it exists
+        outbound.vips: 127.0.0.1:80 is not captured: a virtual address must be one that another host could have
         outbound.vips: 240.0.0.1:22 is not captured: port 22 is SSH, which never is
     "#]]
     .assert_eq(&notes);
@@ -83,12 +83,12 @@ fn who_is_left_out_is_never_captured_because_nobody_says_who_it_is() {
     assert_eq!(last, now);
     let notes: String = notes.iter().map(|note| format!("{note}\n")).collect();
     expect![[r#"
-        outbound.exclude: the host does not know the user `app` any more, or not now: its last number, 7, counts
+        outbound.exclude: the host no longer knows the user `app`, or its name service does not answer: its last number, 7, is used
     "#]]
     .assert_eq(&notes);
     for yaml in [excluded, "outbound: {capture: all, dial: {users: {app: 1}}}"] {
         let refused = of(yaml, AccountNumber::Unanswered).unwrap_err();
-        assert!(refused.to_string().contains("does `getent passwd app` answer?"), "{refused}");
+        assert!(refused.to_string().contains("check that `getent passwd app` answers"), "{refused}");
     }
     // An unknown user in `include` does no harm: it captures too little.
     let (_, notes) =

@@ -84,17 +84,17 @@ async fn off_means_off(rules: RulesBackend, failure: Failure) {
         {
             agent.confirm(trial).await;
         }
-        let seen = vm.status().await;
-        if seen.state == State::Off {
-            assert_eq!(vm.ruleset(), before, "{rules:?}, run {run} {failure:?}: {seen:?}");
+        let status = vm.status().await;
+        if status.state == State::Off {
+            assert_eq!(vm.ruleset(), before, "{rules:?}, run {run} {failure:?}: {status:?}");
         }
         agent.want.spec.outbound.vips.insert("240.1.2.3:80".parse().unwrap());
         agent.want().await;
         agent.want.spec = Default::default();
         agent.want().await;
-        let seen = vm.status().await;
-        if seen.state == State::Off {
-            assert_eq!(vm.ruleset(), before, "{rules:?}, run {run} {failure:?}: {seen:?}");
+        let status = vm.status().await;
+        if status.state == State::Off {
+            assert_eq!(vm.ruleset(), before, "{rules:?}, run {run} {failure:?}: {status:?}");
         }
         saboteur.disarm();
         vm.until("the rules to go", |status| status.state == State::Off && status.error.is_none()).await;
@@ -322,9 +322,9 @@ async fn a_state_that_cannot_be_read_is_not_replaced_before_the_agent_speaks() {
     // An upgrade happens before the agent has connected.
     vm.net.as_ref().unwrap().signal(rustix::process::Signal::HUP).unwrap();
     let starts = async || {
-        let said = vm.net.as_ref().unwrap().output();
-        let starts = said.matches("state.json is not what this version writes").count();
-        if starts == 2 { Ok(()) } else { Err(said) }
+        let log = vm.net.as_ref().unwrap().output();
+        let starts = log.matches("state.json, so no rule changes until the agent connects").count();
+        if starts == 2 { Ok(()) } else { Err(log) }
     };
     wait_for("the next process to read the state", SOON, starts).await.unwrap();
     vm.status().await;
@@ -387,9 +387,9 @@ async fn rules_of_an_earlier_backend_whose_tools_fail_at_first_are_taken_away_la
         vm.start_net().await;
         let mut agent = FakeAgent::new(&vm, OPEN).await;
         agent.want().await;
-        let seen =
+        let status =
             agent.well_until("capture to go on by nft", |_| vm.ruleset().contains("table inet vmesh")).await;
-        assert!(vm.ruleset().contains("VMESH_"), "{end}: nothing was left to be taken away: {seen:?}");
+        assert!(vm.ruleset().contains("VMESH_"), "{end}: nothing was left to be removed: {status:?}");
         if is_told {
             agent
                 .well_until("the failure to be told", |status| {
@@ -424,8 +424,8 @@ async fn in_a_namespace_of_processes_own_changes_are_not_taken_for_those_of_othe
     // The heartbeat makes a transaction every 600 ms.
     let began = std::time::Instant::now();
     agent.well_until("some refreshes", |_| began.elapsed() > Duration::from_secs(6)).await;
-    let seen = fs::read_to_string(&lists).unwrap();
-    assert!(seen.lines().count() <= 2, "rules were listed:\n{seen}");
+    let listings = fs::read_to_string(&lists).unwrap();
+    assert!(listings.lines().count() <= 2, "rules were listed:\n{listings}");
     // A change by another program is still noticed at once.
     vm.nft(&["delete", "table", "inet", "vmesh"]);
     agent.well_until("the rules to be mended", |status| status.drift.count == 1).await;

@@ -57,7 +57,7 @@ async fn what_nobody_confirms_is_taken_back_and_not_tried_again_unasked() {
     agent.want.confirm_within = 5;
     assert_eq!(status(agent.want().await).state, State::Trial);
     let reverted = agent.well_until("the trial to end", |status| status.trial.is_none()).await;
-    assert!(reverted.reverted.as_ref().unwrap().contains("nobody confirmed"), "{reverted:?}");
+    assert!(reverted.reverted.as_ref().unwrap().contains("no client confirmed"), "{reverted:?}");
     vm.until("the rules to go", |status| status.state == State::Off).await;
     assert_eq!(vm.ruleset(), before);
     // The agent repeats its request.
@@ -88,7 +88,7 @@ async fn a_process_that_is_killed_in_a_trial_takes_it_back_at_its_next_start() {
         let mut agent = FakeAgent::new(&vm, OPEN).await;
         let off = status(agent.want().await);
         assert_eq!((off.state, off.trial), (State::Off, None), "{off:?}");
-        assert!(off.reverted.as_ref().unwrap().contains("ended while it was on trial"), "{off:?}");
+        assert!(off.reverted.as_ref().unwrap().contains("ended during the trial"), "{off:?}");
         vm.net.take().unwrap().kill().unwrap();
         vm.start_net().await;
     }
@@ -356,13 +356,13 @@ async fn strangers_may_look_and_nonsense_costs_its_connection_only() {
         "{\"ask\":\"well\"}\n",
         "{\"ask\":\"want\",\"spec\":{}}\n",
     ] {
-        let said = ask(change.as_bytes().to_vec());
-        assert!(said.contains("may look, and change nothing"), "{change}: {said}");
+        let answer = ask(change.as_bytes().to_vec());
+        assert!(answer.contains("may read the status only"), "{change}: {answer}");
     }
-    vm.says("by a user that may not").await;
-    let told = vm.net.as_ref().unwrap().output().matches("by a user that may not").count();
-    assert_eq!(told, 1, "the log is not theirs to fill");
-    assert!(ask(b"rm -rf /\n".to_vec()).contains("not a question of this version"));
+    vm.says("a user without permission").await;
+    let logged = vm.net.as_ref().unwrap().output().matches("a user without permission").count();
+    assert_eq!(logged, 1, "a user without permission cannot fill the log");
+    assert!(ask(b"rm -rf /\n".to_vec()).contains("could not parse the request"));
     let unknown = "{\"ask\":\"want\",\"spec\":{\"outbound\":{\"rules\":[\"accept\"]}}}\n";
     assert!(ask(unknown.as_bytes().to_vec()).contains("unknown field `rules`"));
     assert_eq!(ask(vec![b'a'; MAX_LINE + 10]), "");
@@ -407,7 +407,7 @@ async fn a_state_that_cannot_be_read_leaves_the_rules_as_they_are_until_the_agen
             std::fs::write(&path, text).unwrap();
             vm.start_net().await;
             assert_eq!(vm.get(8080).unwrap(), "mesh", "what is closed stays so");
-            vm.says("state.json is not what this version writes").await;
+            vm.says("state.json, so no rule changes until the agent connects").await;
             // The process cannot know that this spec was confirmed.
             FakeAgent::new(&vm, CLOSED).await.capture().await;
             assert_eq!(vm.get(8080).unwrap(), "mesh");
@@ -431,10 +431,10 @@ async fn rules_of_an_earlier_backend_give_way_to_those_of_the_next_and_cost_no_c
         let mut who = [0; 4];
         open.read_exact(&mut who).unwrap();
         assert_eq!(&who, b"mesh");
-        let mut echoes = |said: &[u8; 4]| {
-            open.write_all(said).unwrap();
+        let mut echoes = |message: &[u8; 4]| {
+            open.write_all(message).unwrap();
             open.read_exact(&mut who).unwrap();
-            assert_eq!(&who, said);
+            assert_eq!(&who, message);
         };
         echoes(b"once");
 
@@ -519,7 +519,7 @@ async fn a_directory_of_users_that_hangs_captures_nobody_who_is_left_out_and_let
     // A new user whose id is not known.
     agent.want.spec.outbound.exclude.users.insert("new".parse().unwrap());
     let Response::Refused(why) = agent.want().await else { panic!("it was not refused") };
-    assert!(why.contains("does `getent passwd new` answer?"), "{why}");
+    assert!(why.contains("check that `getent passwd new` answers"), "{why}");
     assert_eq!((vm.get(8080).unwrap(), vm.get_as(OTHER, 8080).unwrap()), ("direct".into(), "mesh".into()));
 }
 
@@ -548,7 +548,7 @@ async fn an_open_connection_lives_through_the_end_of_capture() {
     agent.want().await;
     vm.until("the rules to go", |status| status.state == State::Off).await;
     server.write_all(b"still here").unwrap();
-    let mut said = [0; 10];
-    client.read_exact(&mut said).unwrap();
-    assert_eq!(&said, b"still here");
+    let mut greeting = [0; 10];
+    client.read_exact(&mut greeting).unwrap();
+    assert_eq!(&greeting, b"still here");
 }

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use vmesh_net::rules;
 use vmesh_testkit::netns::{Iptables, Switch};
 
-/// The keeper ignores transactions of its own. So a transaction that waits must not hide the ones after it.
+/// The keeper ignores transactions of vmesh itself, so such a transaction must not hide a later one.
 #[test]
 fn each_transaction_is_reported_although_others_wait() {
     let switch = Switch::new().unwrap();
@@ -24,9 +24,9 @@ fn each_transaction_is_reported_although_others_wait() {
     let reported = host.within(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let (told, mut changes) = mpsc::channel(1);
+            let (sender, mut changes) = mpsc::channel(1);
             let mut watching = JoinSet::new();
-            watching.spawn(rules::watch(told));
+            watching.spawn(rules::watch(sender));
             // The watch opens its socket when it first runs.
             tokio::task::yield_now().await;
             add_tables();

@@ -183,8 +183,8 @@ impl Vm {
         status(client::ask(&self.socket(), &Request::Status).await.unwrap())
     }
 
-    pub(crate) async fn until(&self, what: &str, mut holds: impl FnMut(&Status) -> bool) -> Status {
-        wait_for(what, SOON, async || {
+    pub(crate) async fn until(&self, awaited: &str, mut holds: impl FnMut(&Status) -> bool) -> Status {
+        wait_for(awaited, SOON, async || {
             let status = self.status().await;
             if holds(&status) { Ok(status) } else { Err(format!("{status:?}")) }
         })
@@ -196,8 +196,8 @@ impl Vm {
     pub(crate) async fn says(&self, text: &str) {
         let net = self.net.as_ref().unwrap();
         wait_for(text, SOON, async || {
-            let said = net.output();
-            if said.contains(text) { Ok(()) } else { Err(said) }
+            let log = net.output();
+            if log.contains(text) { Ok(()) } else { Err(log) }
         })
         .await
         .unwrap();
@@ -262,7 +262,11 @@ impl FakeAgent {
     }
 
     /// Keeps up the heartbeat until `holds` returns `true`.
-    pub(crate) async fn well_until(&mut self, what: &str, mut holds: impl FnMut(&Status) -> bool) -> Status {
+    pub(crate) async fn well_until(
+        &mut self,
+        awaited: &str,
+        mut holds: impl FnMut(&Status) -> bool,
+    ) -> Status {
         let mut last = String::new();
         let deadline = tokio::time::Instant::now() + SOON;
         while tokio::time::Instant::now() < deadline {
@@ -273,7 +277,7 @@ impl FakeAgent {
             last = format!("{status:?}");
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
-        panic!("{what}: {last}");
+        panic!("{awaited}: {last}");
     }
 }
 

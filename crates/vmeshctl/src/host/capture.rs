@@ -132,7 +132,7 @@ pub(crate) fn show(status: &Status) -> (String, bool) {
             RedirectState::None => "none that could lapse",
             RedirectState::Other => "in a way that this version does not know",
             RedirectState::Hold => "hold",
-            RedirectState::Lapsed => "LAPSED: new connections go past Envoy where that is allowed",
+            RedirectState::Lapsed => "LAPSED: new connections go past Envoy where `on_loss: open` allows it",
         }
         .to_owned(),
     );
@@ -254,7 +254,7 @@ mod tests {
             inbound       off
             rules by      nothing that works here
             envoy         HANGS: its capture ports are open, and nobody serves them
-            redirects     LAPSED: new connections go past Envoy where that is allowed
+            redirects     LAPSED: new connections go past Envoy where `on_loss: open` allows it
             connections   0 open through a redirect
             agent         has not been heard of
             drift         mended 2 times, the last 41 s ago: firewalld (pid 812) changed + outbound/vips4
