@@ -121,7 +121,7 @@ async fn a_filter_that_cannot_be_read_is_not_taken_for_none() {
     // The last complete reading stays valid for five minutes.
     fs::write(&hangs, "").unwrap();
     vm.nft(&["delete", "table", "inet", "another"]);
-    let kept = ["counts as it was last read", "list ruleset"];
+    let kept = ["their last reading is used", "list ruleset"];
     vm.until("the gap to be told", |status| has_note(status, &kept)).await;
     assert_eq!(redirected(&vm), "8083");
 }
