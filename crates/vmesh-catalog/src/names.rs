@@ -156,8 +156,12 @@ impl Names {
         }
         let services = documents.services.iter().map(|(name, document)| (name, &document.place, "Service"));
         let routes = documents.routes.iter().map(|(name, document)| (name, &document.place, "Route"));
-        let named =
-            services.chain(routes).map(|(name, place, kind)| (name, place, format!("{kind} `{name}`")));
+        let access = documents.access.iter();
+        let access = access.flat_map(|(name, all)| all.iter().map(move |one| (name, &one.place, "Access")));
+        let named = services
+            .chain(routes)
+            .chain(access)
+            .map(|(name, place, kind)| (name, place, format!("{kind} `{name}`")));
         let nodes = documents.nodes.iter().flat_map(|node| {
             node.upstreams.iter().map(|upstream| (&upstream.service, &node.place, "Node".to_owned()))
         });

@@ -247,7 +247,9 @@ fn describe_settings(
     caller: &Caller<'_>,
     effective: &EffectiveSettings,
 ) -> Vec<Setting> {
-    let Settings { capture, origins, .. } = world.documents.settings(service, &caller.documents);
+    let settings = world.documents.settings(service, &caller.documents);
+    let mtls = settings.mtls_mode();
+    let Settings { capture, origins, .. } = settings;
     let outliers = &effective.outlier_detection;
     let mut values = vec![
         ("load_balancing", effective.load_balancing.policy.as_str().to_owned()),
@@ -269,6 +271,9 @@ fn describe_settings(
         values.push(("capture.percent", percent));
         values
             .push(("capture.on_loss", capture.on_loss.map_or("as the host says", OnLoss::as_str).to_owned()));
+    }
+    if world.documents.uses_mtls() {
+        values.push(("mtls.mode", mtls.as_str().to_owned()));
     }
     let built_in = || "built in".to_owned();
     let setting = |(name, value): (&str, String)| Setting {

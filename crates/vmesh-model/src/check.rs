@@ -70,6 +70,9 @@ macro_rules! path {
     ($($step:expr),+) => { &[$(Step::from($step)),+][..] };
 }
 
+// After the macro, which it uses.
+pub(crate) mod access;
+
 pub(crate) fn mesh(mesh: &MeshDocument, check: &mut DocumentChecker<'_>) {
     check_settings(
         &mesh.load_balancing,
@@ -80,6 +83,7 @@ pub(crate) fn mesh(mesh: &MeshDocument, check: &mut DocumentChecker<'_>) {
         &mesh.capture,
         check,
     );
+    access::mesh(mesh, check);
 }
 
 pub(crate) fn service(service: &ServiceDocument, check: &mut DocumentChecker<'_>) {

@@ -25,6 +25,16 @@ impl Cidr {
         Cidr { address: IpAddr::V6(Ipv6Addr::new(first, 0, 0, 0, 0, 0, 0, 0)), length }
     }
 
+    /// Returns the first address of the network.
+    pub fn address(&self) -> IpAddr {
+        self.address
+    }
+
+    /// Returns the number of bits of an address that count.
+    pub fn length(&self) -> u8 {
+        self.length
+    }
+
     pub fn is_ipv4(&self) -> bool {
         self.address.is_ipv4()
     }

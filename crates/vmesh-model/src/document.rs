@@ -3,6 +3,7 @@
 //! Precedence, from highest to lowest: `Node`, `Service`, `Mesh`, built-in default. [`Settings`] are the
 //! fields that the three kinds share; [`Documents::settings`] applies the precedence.
 
+mod access;
 mod settings;
 
 use std::collections::{BTreeMap, HashMap};
@@ -13,6 +14,10 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 
+pub use self::access::{
+    AccessAction, AccessCallers, AccessDocument, AccessMode, AccessPath, AccessPolicy, AccessRequests,
+    AccessRule, ClaimValues, JwtCondition, JwtProvider, MeshAccess,
+};
 pub use self::settings::{Origin, Settings};
 use crate::text::{Time, one_or_many};
 use crate::{Labels, NodeName, NodeReport, Place, Protocol, ServiceName};
@@ -41,6 +46,8 @@ pub struct Documents {
     /// Sorted by precedence, the lowest first: documents that select by labels, fewer labels before more,
     /// then documents that select by name. Equal ones are in the order of their selectors.
     pub nodes: Vec<Arc<PlacedDocument<NodeDocument>>>,
+    /// The documents of each service, sorted by name.
+    pub access: BTreeMap<ServiceName, Vec<Arc<PlacedDocument<AccessDocument>>>>,
 }
 
 /// `kind: Mesh`: defaults for all nodes and services. There is at most one.
@@ -59,8 +66,12 @@ pub struct MeshDocument {
     pub connection_limits: Option<ConnectionLimits>,
     /// The connections to real addresses that are captured, on nodes that capture them.
     pub capture: Option<CaptureSettings>,
+    /// The use of mTLS between the Envoys of enrolled nodes.
+    pub mtls: Option<MtlsSettings>,
     /// The policy for captured connections to addresses of no service. Default: `allow-any`.
     pub outbound: Option<Outbound>,
+    /// The defaults for the callers of services, which [`AccessDocument`]s override.
+    pub access: Option<MeshAccess>,
 }
 
 /// `kind: Service`: the settings of one service, made by its owner.
@@ -88,6 +99,8 @@ pub struct ServiceDocument {
     pub connection_limits: Option<ConnectionLimits>,
     /// The connections to real addresses that are captured, on nodes that capture them.
     pub capture: Option<CaptureSettings>,
+    /// The use of mTLS between the Envoys of enrolled nodes.
+    pub mtls: Option<MtlsSettings>,
 }
 
 /// `kind: Node`: the settings of the nodes that it selects by name or by labels.
@@ -114,6 +127,8 @@ pub struct NodeDocument {
     pub connection_limits: Option<ConnectionLimits>,
     /// The connections to real addresses that are captured, on nodes that capture them.
     pub capture: Option<CaptureSettings>,
+    /// The use of mTLS, for the services that these nodes call and for the workloads that they run.
+    pub mtls: Option<MtlsSettings>,
     /// The policy for captured connections to addresses of no service. Default: `allow-any`.
     pub outbound: Option<Outbound>,
 }
@@ -401,6 +416,36 @@ impl OnLoss {
     }
 }
 
+/// The use of mTLS between Envoys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MtlsSettings {
+    /// The connections that a workload accepts, and that its callers open.
+    pub mode: MtlsMode,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MtlsMode {
+    /// Callers use plaintext.
+    #[default]
+    Off,
+    /// Callers use mTLS to workloads that are ready for it. Workloads also accept plaintext.
+    Permissive,
+    /// Workloads accept only mTLS.
+    Strict,
+}
+
+impl MtlsMode {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            MtlsMode::Off => "off",
+            MtlsMode::Permissive => "permissive",
+            MtlsMode::Strict => "strict",
+        }
+    }
+}
+
 /// The policy for captured connections to addresses of no service.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -563,9 +608,21 @@ impl Documents {
         finder
     }
 
+    /// Reports whether any document turns mTLS on.
+    pub fn uses_mtls(&self) -> bool {
+        let is_on = |mtls: &Option<MtlsSettings>| mtls.is_some_and(|mtls| mtls.mode != MtlsMode::Off);
+        self.mesh.iter().any(|mesh| is_on(&mesh.mtls))
+            || self.services.values().any(|service| is_on(&service.mtls))
+            || self.nodes.iter().any(|node| is_on(&node.mtls))
+    }
+
     /// Returns the number of documents.
     pub fn len(&self) -> usize {
-        usize::from(self.mesh.is_some()) + self.services.len() + self.routes.len() + self.nodes.len()
+        usize::from(self.mesh.is_some())
+            + self.services.len()
+            + self.routes.len()
+            + self.nodes.len()
+            + self.access.values().map(Vec::len).sum::<usize>()
     }
 
     pub fn is_empty(&self) -> bool {

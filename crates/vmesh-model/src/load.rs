@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::check::{self, DocumentChecker, Reference};
 use crate::document::{
-    Documents, MeshDocument, NodeDocument, PlacedDocument, RouteDocument, ServiceDocument, selector,
+    AccessDocument, Documents, MeshDocument, NodeDocument, PlacedDocument, RouteDocument, ServiceDocument,
+    selector,
 };
 use crate::strict::{did_you_mean, one_of, read};
 use crate::yaml::{self, MAX_TEXT};
@@ -117,6 +118,7 @@ enum ParsedDocument {
     Service(Arc<PlacedDocument<ServiceDocument>>),
     Route(Arc<PlacedDocument<RouteDocument>>),
     Node(Arc<PlacedDocument<NodeDocument>>),
+    Access(Arc<PlacedDocument<AccessDocument>>),
 }
 
 /// The id of a document across versions and files.
@@ -132,14 +134,20 @@ enum DocumentKind {
     Service,
     Route,
     Node,
+    Access,
 }
 
 impl DocumentKind {
-    const ALL: [DocumentKind; 4] =
-        [DocumentKind::Mesh, DocumentKind::Service, DocumentKind::Route, DocumentKind::Node];
+    const ALL: [DocumentKind; 5] = [
+        DocumentKind::Mesh,
+        DocumentKind::Service,
+        DocumentKind::Route,
+        DocumentKind::Node,
+        DocumentKind::Access,
+    ];
     /// The kinds of documents that are designed but not implemented. Their message differs from that of an
     /// unknown kind.
-    const UNSUPPORTED: [&str; 3] = ["Access", "Gateway", "External"];
+    const UNSUPPORTED: [&str; 2] = ["Gateway", "External"];
 
     fn as_str(self) -> &'static str {
         match self {
@@ -147,6 +155,7 @@ impl DocumentKind {
             DocumentKind::Service => "Service",
             DocumentKind::Route => "Route",
             DocumentKind::Node => "Node",
+            DocumentKind::Access => "Access",
         }
     }
 
@@ -328,6 +337,7 @@ impl PartialEq for ParsedDocument {
             (ParsedDocument::Service(a), ParsedDocument::Service(b)) => a == b,
             (ParsedDocument::Route(a), ParsedDocument::Route(b)) => a == b,
             (ParsedDocument::Node(a), ParsedDocument::Node(b)) => a == b,
+            (ParsedDocument::Access(a), ParsedDocument::Access(b)) => a == b,
             _ => false,
         }
     }
@@ -384,7 +394,7 @@ fn broken_references(
             ParsedDocument::Route(route) => {
                 routes.insert(&route.service, &version.references);
             }
-            ParsedDocument::Mesh(_) | ParsedDocument::Node(_) => {}
+            ParsedDocument::Mesh(_) | ParsedDocument::Node(_) | ParsedDocument::Access(_) => {}
         }
     }
     let mut broken = Vec::new();
@@ -414,6 +424,9 @@ fn assemble(chosen: &BTreeMap<DocumentId, Arc<DocumentVersion>>) -> Documents {
                 documents.routes.insert(route.service.clone(), route.clone());
             }
             ParsedDocument::Node(node) => documents.nodes.push(node.clone()),
+            ParsedDocument::Access(access) => {
+                documents.access.entry(access.service.clone()).or_default().push(access.clone());
+            }
         }
     }
     documents.nodes.sort_by(|a, b| compare_precedence(a, b));
@@ -493,6 +506,7 @@ impl FileContents {
             DocumentKind::Service => source.version(problems, ParsedDocument::Service, check::service),
             DocumentKind::Route => source.version(problems, ParsedDocument::Route, check::route),
             DocumentKind::Node => source.version(problems, ParsedDocument::Node, check::node),
+            DocumentKind::Access => source.version(problems, ParsedDocument::Access, check::access::access),
         };
         match version {
             Err(problems) if id.name.is_empty() && kind != DocumentKind::Mesh => {
@@ -516,6 +530,10 @@ impl DocumentKind {
             DocumentKind::Mesh => None,
             DocumentKind::Service => text("name"),
             DocumentKind::Route => text("service"),
+            DocumentKind::Access => {
+                let service = text("service")?;
+                Some(text("name").map_or(service.clone(), |name| format!("{service}/{name}")))
+            }
             DocumentKind::Node => text("name").or_else(|| {
                 let labels = root.get("labels")?.entries().filter(|labels| !labels.is_empty())?;
                 let label = |entry: &yaml::Entry| Some((entry.name().into(), entry.value.text()?.into()));

@@ -5,8 +5,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::{
-    CaptureSettings, ConnectionLimits, Documents, LoadBalancing, NodeDocument, Outbound, OutlierDetection,
-    PlacedDocument, Retry, Timeouts,
+    CaptureSettings, ConnectionLimits, Documents, LoadBalancing, MtlsMode, MtlsSettings, NodeDocument,
+    Outbound, OutlierDetection, PlacedDocument, Retry, Timeouts,
 };
 use crate::{Place, ServiceName};
 
@@ -19,6 +19,7 @@ pub struct Settings {
     pub outlier_detection: Option<OutlierDetection>,
     pub connection_limits: Option<ConnectionLimits>,
     pub capture: CaptureSettings,
+    pub mtls: Option<MtlsMode>,
     /// The document that set each value, by the value's name. A value without an entry has its built-in
     /// default.
     pub origins: BTreeMap<&'static str, Origin>,
@@ -49,6 +50,7 @@ impl Documents {
                 &mesh.outlier_detection,
                 &mesh.connection_limits,
                 &mesh.capture,
+                &mesh.mtls,
             );
             settings.overlay(layer, || Origin { document: "Mesh".to_owned(), place: mesh.place.clone() });
         }
@@ -57,6 +59,7 @@ impl Documents {
                 &service.outlier_detection,
                 &service.connection_limits,
                 &service.capture,
+                &service.mtls,
             );
             let document = format!("Service `{}`", service.name);
             settings.overlay(layer, || Origin { document: document.clone(), place: service.place.clone() });
@@ -84,6 +87,7 @@ struct SettingsLayer<'a> {
     outlier_detection: Option<OutlierDetection>,
     connection_limits: Option<ConnectionLimits>,
     capture: CaptureSettings,
+    mtls: Option<MtlsSettings>,
 }
 
 impl<'a> SettingsLayer<'a> {
@@ -101,15 +105,22 @@ impl<'a> SettingsLayer<'a> {
         outliers: &Option<OutlierDetection>,
         limits: &Option<ConnectionLimits>,
         capture: &Option<CaptureSettings>,
+        mtls: &Option<MtlsSettings>,
     ) -> Self {
         self.outlier_detection = *outliers;
         self.connection_limits = *limits;
         self.capture = capture.unwrap_or_default();
+        self.mtls = *mtls;
         self
     }
 }
 
 impl Settings {
+    /// Returns the mode of mTLS; off if no document sets it.
+    pub fn mtls_mode(&self) -> MtlsMode {
+        self.mtls.unwrap_or_default()
+    }
+
     /// Returns the settings of the `Node` documents `nodes` for every service; later ones take precedence.
     pub fn of_nodes(nodes: &[Arc<PlacedDocument<NodeDocument>>]) -> Settings {
         let mut settings = Settings::default();
@@ -126,10 +137,11 @@ impl Settings {
             outlier_detection,
             connection_limits,
             capture,
+            mtls,
             origins: _,
         } = self;
         format!(
-            "{load_balancing:?} {timeouts:?} {retry:?} {outlier_detection:?} {connection_limits:?} {capture:?}"
+            "{load_balancing:?} {timeouts:?} {retry:?} {outlier_detection:?} {connection_limits:?} {capture:?} {mtls:?}"
         )
     }
 
@@ -139,6 +151,7 @@ impl Settings {
                 &node.outlier_detection,
                 &node.connection_limits,
                 &node.capture,
+                &node.mtls,
             );
             let document = format!("Node `{}`", node.selector());
             self.overlay(layer, || Origin { document: document.clone(), place: node.place.clone() });
@@ -153,6 +166,7 @@ impl Settings {
             outlier_detection,
             connection_limits,
             capture,
+            mtls,
             origins,
         } = self;
         let mut take = |name: &'static str, given: bool| {
@@ -187,6 +201,9 @@ impl Settings {
         }
         if take("capture.on_loss", layer.capture.on_loss.is_some()) {
             capture.on_loss = layer.capture.on_loss;
+        }
+        if take("mtls.mode", layer.mtls.is_some()) {
+            *mtls = layer.mtls.map(|mtls| mtls.mode);
         }
     }
 }

@@ -1,3 +1,4 @@
+mod access;
 mod documents;
 mod library;
 mod values;
@@ -52,6 +53,10 @@ fn show(library: &mut Library, text: &str) -> String {
     }
     for node in &documents.nodes {
         line(format!("Node {}", node.selector()), &node.place);
+    }
+    for access in documents.access.values().flatten() {
+        let name = access.name.as_ref().map_or_else(String::new, |name| format!("/{name}"));
+        line(format!("Access {}{name} with {} rules", access.service, access.rules.len()), &access.place);
     }
     shown + &problems
 }

@@ -3142,3 +3142,22 @@ impl ::prost::Name for SocketCmsgHeaders {
         "type.googleapis.com/envoy.config.core.v3.SocketCmsgHeaders".into()
     }
 }
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CelExpressionConfig {
+    #[prost(bool, tag = "1")]
+    pub enable_string_conversion: bool,
+    #[prost(bool, tag = "2")]
+    pub enable_string_concat: bool,
+    #[prost(bool, tag = "3")]
+    pub enable_string_functions: bool,
+}
+impl ::prost::Name for CelExpressionConfig {
+    const NAME: &'static str = "CelExpressionConfig";
+    const PACKAGE: &'static str = "envoy.config.core.v3";
+    fn full_name() -> ::prost::alloc::string::String {
+        "envoy.config.core.v3.CelExpressionConfig".into()
+    }
+    fn type_url() -> ::prost::alloc::string::String {
+        "type.googleapis.com/envoy.config.core.v3.CelExpressionConfig".into()
+    }
+}

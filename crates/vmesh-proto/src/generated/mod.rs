@@ -53,6 +53,11 @@ pub mod envoy {
                 include!("envoy.config.overload.v3.rs");
             }
         }
+        pub mod rbac {
+            pub mod v3 {
+                include!("envoy.config.rbac.v3.rs");
+            }
+        }
         pub mod route {
             pub mod v3 {
                 include!("envoy.config.route.v3.rs");
@@ -81,6 +86,16 @@ pub mod envoy {
         }
         pub mod filters {
             pub mod http {
+                pub mod jwt_authn {
+                    pub mod v3 {
+                        include!("envoy.extensions.filters.http.jwt_authn.v3.rs");
+                    }
+                }
+                pub mod rbac {
+                    pub mod v3 {
+                        include!("envoy.extensions.filters.http.rbac.v3.rs");
+                    }
+                }
                 pub mod router {
                     pub mod v3 {
                         include!("envoy.extensions.filters.http.router.v3.rs");
@@ -93,11 +108,21 @@ pub mod envoy {
                         include!("envoy.extensions.filters.listener.original_dst.v3.rs");
                     }
                 }
+                pub mod tls_inspector {
+                    pub mod v3 {
+                        include!("envoy.extensions.filters.listener.tls_inspector.v3.rs");
+                    }
+                }
             }
             pub mod network {
                 pub mod http_connection_manager {
                     pub mod v3 {
                         include!("envoy.extensions.filters.network.http_connection_manager.v3.rs");
+                    }
+                }
+                pub mod rbac {
+                    pub mod v3 {
+                        include!("envoy.extensions.filters.network.rbac.v3.rs");
                     }
                 }
                 pub mod tcp_proxy {
@@ -139,6 +164,15 @@ pub mod envoy {
                 }
             }
         }
+        pub mod rbac {
+            pub mod principals {
+                pub mod mtls_authenticated {
+                    pub mod v3 {
+                        include!("envoy.extensions.rbac.principals.mtls_authenticated.v3.rs");
+                    }
+                }
+            }
+        }
         pub mod retry {
             pub mod host {
                 pub mod previous_hosts {
@@ -149,6 +183,11 @@ pub mod envoy {
             }
         }
         pub mod transport_sockets {
+            pub mod raw_buffer {
+                pub mod v3 {
+                    include!("envoy.extensions.transport_sockets.raw_buffer.v3.rs");
+                }
+            }
             pub mod tls {
                 pub mod v3 {
                     include!("envoy.extensions.transport_sockets.tls.v3.rs");
@@ -197,6 +236,13 @@ pub mod envoy {
     }
 }
 pub mod google {
+    pub mod api {
+        pub mod expr {
+            pub mod v1alpha1 {
+                include!("google.api.expr.v1alpha1.rs");
+            }
+        }
+    }
     pub mod protobuf {
         include!("google.protobuf.rs");
     }
