@@ -120,12 +120,12 @@ name: good
         expect![[r#"
             Service good [] (a.yaml:24:1)
             a.yaml:1:7: unknown kind `Rout`, did you mean `Route`? It is not in force
-            a.yaml:5:7: unknown kind `VirtualService`: expected one of `Mesh`, `Service`, `Route` or `Node`; it is not in force
+            a.yaml:5:7: unknown kind `VirtualService`: expected one of `Mesh`, `Service`, `Route`, `Node` or `Access`; it is not in force
             a.yaml:7:7: `Gateway` documents are not supported by this version
-            a.yaml:10:1: `kind` is missing: one of `Mesh`, `Service`, `Route` or `Node`; it is not in force
+            a.yaml:10:1: `kind` is missing: one of `Mesh`, `Service`, `Route`, `Node` or `Access`; it is not in force
             a.yaml:12:3: expected a document, which begins with `kind: ..`, found the text `a`; it is not in force
             a.yaml:14:1: expected a document, which begins with `kind: ..`, found the text `text`; it is not in force
-            a.yaml:16:7: `kind`: expected one of `Mesh`, `Service`, `Route` or `Node`, found a list; it is not in force
+            a.yaml:16:7: `kind`: expected one of `Mesh`, `Service`, `Route`, `Node` or `Access`, found a list; it is not in force
             a.yaml:18:1: `service` is missing; it is not in force
             a.yaml:22:1: unknown field `nmae`, did you mean `name`? It is not in force
         "#]],
@@ -292,7 +292,7 @@ outbound: allow-any
             a.yaml:61:33: `on_loss`: expected one of `open` or `closed`, found `fail`; it is not in force
             a.yaml:61:39: unknown field `share`: expected one of `percent` or `on_loss`; it is not in force
             a.yaml:62:11: `outbound`: expected one of `allow-any` or `registry-only`, found `deny`; it is not in force
-            a.yaml:66:1: unknown field `outbound`: expected one of `name`, `protocol`, `port`, `subsets`, `load_balancing`, `timeouts`, `retry`, `outlier_detection`, `connection_limits` or `capture`; it is not in force
+            a.yaml:66:1: unknown field `outbound`: expected one of `name`, `protocol`, `port`, `subsets`, `load_balancing`, `timeouts`, `retry`, `outlier_detection`, `connection_limits`, `capture` or `mtls`; it is not in force
         "#]],
     );
 }
