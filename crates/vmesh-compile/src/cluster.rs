@@ -35,6 +35,7 @@ use vmesh_proto::google::protobuf::Any;
 use vmesh_proto::{any, duration, uint32};
 
 use crate::effective::EffectiveSettings;
+use crate::tls::{CallerTls, upstream_sockets};
 
 /// Returns the config source of all discovery requests: the ADS stream.
 pub(crate) fn ads() -> ConfigSource {
@@ -45,8 +46,9 @@ pub(crate) fn ads() -> ConfigSource {
     }
 }
 
-/// Returns a cluster for Envoy. Its endpoints come by EDS under the same name.
-pub(crate) fn eds_cluster(name: &str, effective: &EffectiveSettings) -> Cluster {
+/// Returns a cluster for Envoy. Its endpoints come by EDS under the same name. With `tls`, the cluster calls those of
+/// them that are marked for it by mTLS.
+pub(crate) fn eds_cluster(name: &str, effective: &EffectiveSettings, tls: Option<&CallerTls>) -> Cluster {
     Cluster {
         name: name.to_owned(),
         cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::Eds.into())),
@@ -62,6 +64,9 @@ pub(crate) fn eds_cluster(name: &str, effective: &EffectiveSettings) -> Cluster 
         circuit_breakers: Some(circuit_breakers(effective)),
         outlier_detection: Some(outlier_detection(&effective.outlier_detection)),
         typed_extension_protocol_options: protocol_options(effective),
+        transport_socket_matches: tls
+            .map(|tls| upstream_sockets(tls, effective.protocol))
+            .unwrap_or_default(),
         ..Cluster::default()
     }
 }
@@ -82,7 +87,7 @@ pub(crate) fn grpc_cluster(name: &str, effective: &EffectiveSettings) -> Cluster
     }
 }
 
-/// Returns a cluster with one fixed address: the application behind an inbound listener.
+/// Returns a cluster with fixed addresses: the application behind an inbound listener.
 pub(crate) fn local_cluster(name: &str, protocol: Protocol, assignment: ClusterLoadAssignment) -> Cluster {
     let local = EffectiveSettings::of(&vmesh_model::Settings::default(), protocol);
     Cluster {

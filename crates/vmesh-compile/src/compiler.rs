@@ -16,16 +16,17 @@ use std::sync::Arc;
 
 use rpds::RedBlackTreeMapSync;
 use vmesh_catalog::World;
-use vmesh_model::document::{Documents, NodeDocument, NodeFinder, PlacedDocument};
+use vmesh_model::document::{AccessDocument, Documents, NodeDocument, NodeFinder, PlacedDocument};
 use vmesh_model::node::{Upstream, Upstreams};
-use vmesh_model::{NodeReport, Problem, Protocol, ServiceName};
+use vmesh_model::{Labels, NodeReport, Problem, Protocol, ServiceName};
 use vmesh_xds::{Groups, Scope, Store};
 
 use crate::class::{CapturedDestinations, NodeClass, Variant, zones_matter};
 use crate::configuration::{Change, CompiledClass, Configuration, Counts, NodeId, Update};
 use crate::node::{self, NodeConfig};
 use crate::owners::AddressOwners;
-use crate::service::{self, CompiledVariant, Reuse};
+use crate::peers::Peers;
+use crate::service::{self, CompiledVariant, CompilerInput, Reuse};
 use crate::transparent::{CaptureIndex, VirtualAddressTable};
 use crate::zones::Zones;
 
@@ -42,6 +43,8 @@ pub struct Compiler {
     index: Option<CaptureIndex>,
     zones: Zones,
     zones_matter: bool,
+    peers: Peers,
+    uses_mtls: bool,
     classes: BTreeMap<Arc<str>, ClassState>,
     variants: BTreeMap<ServiceName, BTreeMap<Arc<str>, CountedVariant>>,
     nodes: BTreeMap<NodeId, NodeState>,
@@ -99,6 +102,8 @@ impl Compiler {
             index: None,
             zones,
             zones_matter: zones_matter(&world.documents),
+            peers: Peers::new(&world),
+            uses_mtls: world.documents.uses_mtls(),
             classes: BTreeMap::new(),
             variants: BTreeMap::new(),
             nodes: BTreeMap::new(),
@@ -184,6 +189,15 @@ impl Compiler {
         if let Some(index) = &mut self.index {
             names = index.update(&before, &world, names.into_iter().collect()).into_iter().collect();
         }
+        let differing = self.peers.update(&before, &world);
+        names.extend(differing.endpoints);
+        nodes.extend(self.nodes_with_label_rules(&differing.labels));
+        if documents_differ {
+            self.uses_mtls = world.documents.uses_mtls();
+            for name in names.iter().filter(|name| called_side_differs(&before, &world, name)) {
+                nodes.extend(self.nodes_by_workload.get(name).into_iter().flatten());
+            }
+        }
         if documents_differ || zones_differ {
             self.zones_matter = zones_matter(&world.documents);
             nodes.extend(self.match_documents(&before.documents));
@@ -192,6 +206,20 @@ impl Compiler {
             nodes.extend(self.recompile(name));
         }
         nodes
+    }
+
+    /// Returns the nodes that run workloads of a service with a rule for one of these sets of labels.
+    fn nodes_with_label_rules(&self, labels: &BTreeSet<Labels>) -> Vec<NodeId> {
+        if labels.is_empty() {
+            return Vec::new();
+        }
+        let names_one = |document: &Arc<PlacedDocument<AccessDocument>>| {
+            document.rules.iter().any(|rule| labels.contains(&rule.from.nodes))
+        };
+        let governed = self.world().documents.access.iter();
+        let services =
+            governed.filter(|(_, documents)| documents.iter().any(names_one)).map(|(name, _)| name);
+        services.filter_map(|name| self.nodes_by_workload.get(name)).flatten().copied().collect()
     }
 
     /// Updates the documents that select each node. Returns the nodes for which these changed, and those
@@ -221,7 +249,7 @@ impl Compiler {
     fn class_of(&self, node: &NodeState) -> NodeClass {
         let zone = node.report.zone.clone();
         let zone = zone.filter(|zone| self.zones_matter && self.zones.has_endpoints(zone));
-        NodeClass::of(&node.report, &node.documents, zone)
+        NodeClass::of(&node.report, &node.documents, zone, self.uses_mtls)
     }
 
     /// Recompiles `name` in every class that contains it. Returns the nodes whose own configuration may have
@@ -238,7 +266,7 @@ impl Compiler {
             let before = state.services.get(name).cloned();
             let now = is_known.then(|| {
                 let world = &self.configuration.world;
-                let variant = state.class.variant(world, name);
+                let variant = state.class.variant(world, &self.peers, name);
                 // A variant compiled from the new endpoints is preferred, because it shares the most
                 // resources.
                 let sibling =
@@ -247,7 +275,7 @@ impl Compiler {
                     let earlier = stale.get(key).map(|counted| &counted.compiled).or(before.as_ref());
                     let reuse =
                         Reuse { earlier: earlier.map(|earlier| &**earlier), sibling: sibling.as_deref() };
-                    compile_variant(world, self.index.as_ref(), name, (key, &variant), reuse)
+                    compile_variant((world, &self.peers), self.index.as_ref(), name, (key, &variant), reuse)
                 });
                 counted.classes += 1;
                 counted.compiled.clone()
@@ -288,12 +316,12 @@ impl Compiler {
         if !world.is_known(name) {
             return None;
         }
-        let variant = state.class.variant(world, name);
+        let variant = state.class.variant(world, &self.peers, name);
         let variants = self.variants.entry(name.clone()).or_default();
         let sibling = variants.values().next().map(|counted| counted.compiled.clone());
         let counted = variants.entry(variant.key()).or_insert_with_key(|key| {
             let reuse = Reuse { earlier: None, sibling: sibling.as_deref() };
-            compile_variant(world, self.index.as_ref(), name, (key, &variant), reuse)
+            compile_variant((world, &self.peers), self.index.as_ref(), name, (key, &variant), reuse)
         });
         counted.classes += 1;
         let (compiled, is_new) = (counted.compiled.clone(), counted.classes == 1);
@@ -346,7 +374,14 @@ impl Compiler {
             let state = self.classes.get(&key)?;
             let world = &self.configuration.world;
             let (services, captured) = (&state.services, state.class.captured);
-            let input = node::NodeInput { world, report: &report, documents: &documents, services, captured };
+            let input = node::NodeInput {
+                world,
+                peers: &self.peers,
+                report: &report,
+                documents: &documents,
+                services,
+                captured,
+            };
             node::compile(&input, &upstreams)
         };
         if let Some(before) = &before
@@ -571,14 +606,15 @@ impl Compiler {
 
 /// Compiles a variant that no class contains yet.
 fn compile_variant(
-    world: &World,
+    (world, peers): (&World, &Peers),
     index: Option<&CaptureIndex>,
     name: &ServiceName,
     variant: (&Arc<str>, &Variant),
     reuse: Reuse<'_>,
 ) -> CountedVariant {
     let none = CaptureIndex::default();
-    let compiled = service::compile(world, index.unwrap_or(&none), name, variant, reuse);
+    let input = CompilerInput { world, index: index.unwrap_or(&none), peers };
+    let compiled = service::compile(input, name, variant, reuse);
     CountedVariant { compiled: Arc::new(compiled), classes: 0 }
 }
 
@@ -604,12 +640,25 @@ fn affected_services(before: &World, now: &World) -> BTreeSet<ServiceName> {
         }
         add_changed_documents(&old.services, &new.services, &mut names);
         add_changed_documents(&old.routes, &new.routes, &mut names);
+        let governed = old.access.keys().chain(new.access.keys());
+        names.extend(governed.filter(|name| access_differs(old, new, name)).cloned());
         names.extend(new.routes.keys().cloned());
     }
     if names.iter().any(|name| before.is_known(name) != now.is_known(name)) {
         names.extend(new.routes.keys().cloned());
     }
     names
+}
+
+/// Reports whether documents change how nodes that run workloads of `name` receive calls.
+fn called_side_differs(before: &World, now: &World, name: &ServiceName) -> bool {
+    let mtls = |world: &World| world.documents.services.get(name).and_then(|service| service.mtls);
+    mtls(before) != mtls(now) || access_differs(&before.documents, &now.documents, name)
+}
+
+fn access_differs(old: &Documents, new: &Documents, name: &ServiceName) -> bool {
+    let (old, new) = (old.access_of(name), new.access_of(name));
+    old.len() != new.len() || old.iter().zip(new).any(|(old, new)| !Arc::ptr_eq(old, new))
 }
 
 /// Adds to `names` each service whose document was added, removed or replaced.

@@ -6,8 +6,8 @@
 //!
 //! `virtual_inbound` does not hand connections over: Envoy would match a listener on `0.0.0.0:P` or `[::]:P`
 //! to every address with that port, so a call to a foreign port would reach an application of this host.
-//! Instead it has one filter chain per workload, matched by the destination port. Permissive and strict mTLS
-//! will be added here: a separate chain for TLS, and in strict mode none for plaintext.
+//! Instead it has one filter chain per workload, matched by the destination port. The chain of a workload that accepts only mTLS
+//! closes the connection: mTLS connections come to another port.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -128,15 +128,15 @@ fn loop_guard(own: Vec<SocketAddr>) -> FilterChain {
     closing_chain("loop guard", matching)
 }
 
-fn closing_chain(name: &str, matching: FilterChainMatch) -> FilterChain {
+pub(crate) fn closing_chain(name: &str, matching: FilterChainMatch) -> FilterChain {
     chain(name, Some(matching), close_connection())
 }
 
-fn close_connection() -> crate::listener::NetworkFilter {
+fn close_connection() -> crate::listener::NetworkFilters {
     tcp("blackhole", &[Share { cluster: BLACKHOLE.to_owned(), weight: 1 }], IDLE_TIMEOUT, false)
 }
 
-fn pass_through(stat: &str) -> crate::listener::NetworkFilter {
+fn pass_through(stat: &str) -> crate::listener::NetworkFilters {
     tcp(stat, &[Share { cluster: PASSTHROUGH.to_owned(), weight: 1 }], IDLE_TIMEOUT, false)
 }
 

@@ -20,18 +20,22 @@
 //! worlds and nodes, each node has exactly what [`compile`] gives it alone, and nothing remains of nodes that
 //! left.
 
+mod access;
 mod class;
 mod cluster;
 mod compiler;
 mod configuration;
 pub mod effective;
 mod endpoints;
+mod explain;
 mod gate;
 mod listener;
 mod node;
 mod owners;
+mod peers;
 mod route;
 mod service;
+mod tls;
 mod transparent;
 mod zones;
 
@@ -45,6 +49,7 @@ pub use class::{CapturedDestinations, NodeClass};
 pub use compiler::Compiler;
 pub use configuration::{Change, CompiledClass, Configuration, Counts, NodeId, Update};
 pub use endpoints::priorities;
+pub use explain::{ConnectionSecurity, EndpointTls, tls};
 pub use node::NodeConfig;
 pub use route::cluster_name;
 pub use service::{CompiledVariant, Shape};

@@ -4,19 +4,24 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use vmesh_model::ServiceName;
+use vmesh_model::{Protocol, ServiceName};
 use vmesh_model::document::Policy;
 use vmesh_proto::envoy::config::core::v3::{
-    Http1ProtocolOptions, HttpProtocolOptions, TrafficDirection,
+    ExtensionConfigSource, Http1ProtocolOptions, HttpProtocolOptions, TrafficDirection,
 };
 use vmesh_proto::envoy::config::listener::v3::filter::ConfigType;
 use vmesh_proto::envoy::config::listener::v3::{
     AdditionalAddress, ApiListener, Filter, FilterChain, FilterChainMatch, Listener,
 };
-use vmesh_proto::envoy::config::route::v3::RouteConfiguration;
+use vmesh_proto::envoy::config::route::v3::route::Action;
+use vmesh_proto::envoy::config::route::v3::route_action::ClusterSpecifier as RouteCluster;
+use vmesh_proto::envoy::config::route::v3::route_match::PathSpecifier;
+use vmesh_proto::envoy::config::route::v3::{
+    Route, RouteAction, RouteConfiguration, RouteMatch, VirtualHost,
+};
 use vmesh_proto::envoy::extensions::filters::http::router::v3::Router;
 use vmesh_proto::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::{
-    CodecType, RouteSpecifier, ServerHeaderTransformation, UpgradeConfig,
+    CodecType, ForwardClientCertDetails, RouteSpecifier, ServerHeaderTransformation, SetCurrentClientCertDetails, UpgradeConfig,
 };
 use vmesh_proto::envoy::extensions::filters::network::http_connection_manager::v3::{
     HttpConnectionManager, HttpFilter, Rds, http_filter,
@@ -36,6 +41,9 @@ use crate::effective::EffectiveSettings;
 use crate::endpoints::socket_address;
 use crate::route::Share;
 
+/// The name of the filter that handles HTTP.
+const HTTP_MANAGER: &str = "envoy.filters.network.http_connection_manager";
+
 /// The direction of a listener's traffic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Direction {
@@ -50,13 +58,74 @@ pub(crate) enum Routes {
     Inline(Box<RouteConfiguration>),
 }
 
-/// The network filter with which Envoy handles the connections of a listener.
+/// The network filters with which Envoy handles the connections of a listener.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct NetworkFilter(Filter);
+pub(crate) struct NetworkFilters(Vec<Filter>);
+
+/// The checks that inbound connections pass before they reach an application.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct InboundChecks {
+    /// Filters whose configuration comes by ECDS: its name, and the type URL of its content.
+    pub(crate) filters: Vec<(String, String)>,
+    /// HTTP requests tell the application the caller's SPIFFE id, in `x-forwarded-client-cert`.
+    pub(crate) tells_caller: bool,
+}
+
+impl InboundChecks {
+    fn http_filters(&self) -> impl Iterator<Item = HttpFilter> {
+        self.filters.iter().map(|(name, type_url)| HttpFilter {
+            name: name.clone(),
+            config_type: Some(http_filter::ConfigType::ConfigDiscovery(discovery(type_url))),
+            ..HttpFilter::default()
+        })
+    }
+
+    fn network_filters(&self) -> impl Iterator<Item = Filter> {
+        self.filters.iter().map(|(name, type_url)| Filter {
+            name: name.clone(),
+            config_type: Some(ConfigType::ConfigDiscovery(discovery(type_url))),
+        })
+    }
+}
+
+fn discovery(type_url: &str) -> ExtensionConfigSource {
+    ExtensionConfigSource {
+        config_source: Some(ads()),
+        type_urls: vec![type_url.to_owned()],
+        ..ExtensionConfigSource::default()
+    }
+}
+
+/// Returns the filters that check inbound connections and forward them to the application behind `cluster`. Its
+/// statistics are named `stat`.
+pub(crate) fn forward_to_application(
+    cluster: &str,
+    stat: &str,
+    protocol: Protocol,
+    checks: &InboundChecks,
+) -> NetworkFilters {
+    let idle = Duration::from_secs(3600);
+    if protocol.is_http() {
+        let mut manager = http_manager(stat, Routes::Inline(Box::new(route_all_to(cluster))), idle);
+        manager.http_filters = checks.http_filters().chain(manager.http_filters).collect();
+        if checks.tells_caller {
+            manager.forward_client_cert_details = ForwardClientCertDetails::SanitizeSet.into();
+            manager.set_current_client_cert_details =
+                Some(SetCurrentClientCertDetails { uri: true, ..SetCurrentClientCertDetails::default() });
+        }
+        return network_filter(HTTP_MANAGER, any(&manager));
+    }
+    let NetworkFilters(forward) = tcp(stat, &[Share { cluster: cluster.to_owned(), weight: 1 }], idle, false);
+    NetworkFilters(checks.network_filters().chain(forward).collect())
+}
 
 /// Returns an HTTP connection manager. Its statistics are named `stat`.
-pub(crate) fn http(stat: &str, routes: Routes, idle: Duration) -> NetworkFilter {
-    let manager = HttpConnectionManager {
+pub(crate) fn http(stat: &str, routes: Routes, idle: Duration) -> NetworkFilters {
+    network_filter(HTTP_MANAGER, any(&http_manager(stat, routes, idle)))
+}
+
+fn http_manager(stat: &str, routes: Routes, idle: Duration) -> HttpConnectionManager {
+    HttpConnectionManager {
         codec_type: CodecType::Auto.into(),
         stat_prefix: stat_prefix(stat),
         // The proxy passes the application's `server` header through unchanged.
@@ -77,12 +146,11 @@ pub(crate) fn http(stat: &str, routes: Routes, idle: Duration) -> NetworkFilter 
             ..UpgradeConfig::default()
         }],
         ..connection_manager(routes)
-    };
-    network_filter("envoy.filters.network.http_connection_manager", any(&manager))
+    }
 }
 
 /// Returns a TCP proxy, for every protocol that is not HTTP.
-pub(crate) fn tcp(stat: &str, shares: &[Share], idle: Duration, by_source: bool) -> NetworkFilter {
+pub(crate) fn tcp(stat: &str, shares: &[Share], idle: Duration, by_source: bool) -> NetworkFilters {
     let specifier = match shares {
         [only] => ClusterSpecifier::Cluster(only.cluster.clone()),
         several => ClusterSpecifier::WeightedClusters(WeightedCluster {
@@ -115,7 +183,7 @@ pub(crate) fn forward_to_service(
     service: &ServiceName,
     effective: &EffectiveSettings,
     shares: &[Share],
-) -> NetworkFilter {
+) -> NetworkFilters {
     if effective.protocol.is_http() {
         return http(stat, Routes::Named(service.to_string()), effective.idle);
     }
@@ -123,8 +191,11 @@ pub(crate) fn forward_to_service(
     tcp(stat, shares, effective.idle, by_source)
 }
 
-fn network_filter(filter: &str, config: Any) -> NetworkFilter {
-    NetworkFilter(Filter { name: filter.to_owned(), config_type: Some(ConfigType::TypedConfig(config)) })
+fn network_filter(filter: &str, config: Any) -> NetworkFilters {
+    NetworkFilters(vec![Filter {
+        name: filter.to_owned(),
+        config_type: Some(ConfigType::TypedConfig(config)),
+    }])
 }
 
 /// Returns the listener that a gRPC client subscribes to in order to reach a service. It has routes but no
@@ -164,13 +235,13 @@ pub(crate) fn listener(
     name: &str,
     address: SocketAddr,
     direction: Direction,
-    filter: NetworkFilter,
+    filters: NetworkFilters,
 ) -> Listener {
     Listener {
         name: name.to_owned(),
         address: Some(socket_address(address)),
         traffic_direction: traffic_direction(direction).into(),
-        filter_chains: vec![chain("", None, filter)],
+        filter_chains: vec![chain("", None, filters)],
         ..Listener::default()
     }
 }
@@ -184,14 +255,14 @@ pub(crate) fn listener(
 pub(crate) fn capture_listener(
     addresses: &[SocketAddr],
     stat: &str,
-    filter: NetworkFilter,
+    filters: NetworkFilters,
 ) -> Option<Listener> {
     let (first, others) = addresses.split_first()?;
     Some(Listener {
         bind_to_port: Some(boolean(false)),
         stat_prefix: stat_prefix(stat),
         additional_addresses: others.iter().map(|address| additional_address(*address)).collect(),
-        ..listener(&outbound_name(*first), *first, Direction::Outbound, filter)
+        ..listener(&outbound_name(*first), *first, Direction::Outbound, filters)
     })
 }
 
@@ -199,18 +270,13 @@ pub(crate) fn additional_address(address: SocketAddr) -> AdditionalAddress {
     AdditionalAddress { address: Some(socket_address(address)), ..AdditionalAddress::default() }
 }
 
-/// Returns a filter chain that applies `filter` to the connections that `matching` selects.
+/// Returns a filter chain that applies `filters` to the connections that `matching` selects.
 pub(crate) fn chain(
     name: &str,
     matching: Option<FilterChainMatch>,
-    NetworkFilter(filter): NetworkFilter,
+    NetworkFilters(filters): NetworkFilters,
 ) -> FilterChain {
-    FilterChain {
-        name: name.to_owned(),
-        filter_chain_match: matching,
-        filters: vec![filter],
-        ..FilterChain::default()
-    }
+    FilterChain { name: name.to_owned(), filter_chain_match: matching, filters, ..FilterChain::default() }
 }
 
 pub(crate) fn traffic_direction(direction: Direction) -> TrafficDirection {
@@ -229,4 +295,32 @@ fn stat_prefix(name: &str) -> String {
 /// format.
 pub(crate) fn outbound_name(address: SocketAddr) -> String {
     format!("outbound|{address}")
+}
+
+/// Returns a route configuration that sends every request to `cluster`, without timeout and retries. Those
+/// are applied by the caller's Envoy, and a second set here would multiply them.
+fn route_all_to(cluster: &str) -> RouteConfiguration {
+    let action = RouteAction {
+        cluster_specifier: Some(RouteCluster::Cluster(cluster.to_owned())),
+        timeout: Some(duration(Duration::ZERO)),
+        ..RouteAction::default()
+    };
+    let route = Route {
+        r#match: Some(RouteMatch {
+            path_specifier: Some(PathSpecifier::Prefix("/".to_owned())),
+            ..RouteMatch::default()
+        }),
+        action: Some(Action::Route(action)),
+        ..Route::default()
+    };
+    RouteConfiguration {
+        name: cluster.to_owned(),
+        virtual_hosts: vec![VirtualHost {
+            name: cluster.to_owned(),
+            domains: vec!["*".to_owned()],
+            routes: vec![route],
+            ..VirtualHost::default()
+        }],
+        ..RouteConfiguration::default()
+    }
 }

@@ -1,34 +1,29 @@
 //! The configuration of one node: its upstreams, and the listeners that only this node receives.
 
-use std::collections::BTreeMap;
+mod mtls;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
 
 use rpds::RedBlackTreeMapSync;
 use vmesh_catalog::World;
-use vmesh_model::document::{self, PlacedDocument};
+use vmesh_model::document::{self, MtlsMode, PlacedDocument};
 use vmesh_model::node::{Client, Upstream, Upstreams, Workload};
 use vmesh_model::strict::did_you_mean;
 use vmesh_model::{NodeReport, Place, Problem, Protocol, ServiceName};
-use vmesh_proto::duration;
 use vmesh_proto::envoy::config::listener::v3::{FilterChain, Listener};
-use vmesh_proto::envoy::config::route::v3::route::Action;
-use vmesh_proto::envoy::config::route::v3::route_action::ClusterSpecifier;
-use vmesh_proto::envoy::config::route::v3::route_match::PathSpecifier;
-use vmesh_proto::envoy::config::route::v3::{
-    Route, RouteAction, RouteConfiguration, RouteMatch, VirtualHost,
-};
 use vmesh_xds::{Group, Kind, Resource, Scope};
 
+use crate::access::{self, AccessInput, FilterLevel, jwt};
 use crate::class::CapturedDestinations;
 use crate::cluster::{captured_application_cluster, local_cluster};
 use crate::endpoints::local_assignment;
 use crate::gate;
 use crate::listener::{
-    Direction, NetworkFilter, Routes, chain, forward_to_service, http, listener, outbound_name, tcp,
+    Direction, InboundChecks, chain, forward_to_application, forward_to_service, listener, outbound_name,
 };
-use crate::route::Share;
+use crate::peers::{Peers, is_granted};
 use crate::service::CompiledVariant;
 
 /// The number of services above which a node that subscribes to all of them gets a problem that states the
@@ -47,6 +42,7 @@ pub struct NodeConfig {
 /// The inputs from which a node's own resources are compiled.
 pub(crate) struct NodeInput<'a> {
     pub(crate) world: &'a World,
+    pub(crate) peers: &'a Peers,
     pub(crate) report: &'a NodeReport,
     /// The `Node` documents that select the node; later ones override earlier ones.
     pub(crate) documents: &'a [Arc<PlacedDocument<document::NodeDocument>>],
@@ -69,12 +65,34 @@ pub(crate) fn upstreams(
     declared.iter().chain(added).cloned().collect()
 }
 
+/// Returns the called services for which an upstream names the workload that calls, each with that workload. The first
+/// upstream of a service counts.
+pub(crate) fn certificates(
+    report: &NodeReport,
+    upstreams: &[Upstream],
+) -> BTreeMap<ServiceName, ServiceName> {
+    let mut certificates = BTreeMap::new();
+    for upstream in upstreams {
+        if let Some(workload) = upstream.as_.as_ref().filter(|workload| has_certificate(report, workload)) {
+            certificates.entry(upstream.service.clone()).or_insert_with(|| workload.clone());
+        }
+    }
+    certificates
+}
+
+/// Reports whether the node of `report` has a certificate for the workload `service`.
+fn has_certificate(report: &NodeReport, service: &ServiceName) -> bool {
+    is_granted(report, service) && report.workloads.iter().any(|workload| workload.service == *service)
+}
+
 /// Compiles the resources that only this node receives; it calls `upstreams`. Returns them and the node's
 /// problems.
 pub(crate) fn compile(subject: &NodeInput<'_>, upstreams: &[Upstream]) -> (Arc<Group>, Vec<Problem>) {
-    let NodeInput { world, report, documents, services, captured } = *subject;
+    let NodeInput { world, peers, report, documents, services, captured } = *subject;
     let mut node = NodeBuilder {
         world,
+        peers,
+        checked: BTreeSet::new(),
         services,
         documents,
         captured,
@@ -94,6 +112,8 @@ pub(crate) fn compile(subject: &NodeInput<'_>, upstreams: &[Upstream]) -> (Arc<G
         for workload in &report.workloads {
             node.add_inbound(workload);
         }
+        mtls::add_listener(&mut node);
+        node.add_filter_configs();
         for upstream in upstreams {
             node.add_outbound(upstream);
         }
@@ -104,6 +124,9 @@ pub(crate) fn compile(subject: &NodeInput<'_>, upstreams: &[Upstream]) -> (Arc<G
 
 struct NodeBuilder<'a> {
     world: &'a World,
+    peers: &'a Peers,
+    /// The services with a filter chain that checks its callers.
+    checked: BTreeSet<(&'a ServiceName, FilterLevel)>,
     services: &'a RedBlackTreeMapSync<ServiceName, Arc<CompiledVariant>>,
     documents: &'a [Arc<PlacedDocument<document::NodeDocument>>],
     captured: Option<CapturedDestinations>,
@@ -115,7 +138,7 @@ struct NodeBuilder<'a> {
     problems: Vec<Problem>,
 }
 
-impl NodeBuilder<'_> {
+impl<'a> NodeBuilder<'a> {
     fn add_outbound(&mut self, upstream: &Upstream) {
         let service = &upstream.service;
         let shape = match self.services.get(service) {
@@ -130,6 +153,7 @@ impl NodeBuilder<'_> {
                 return;
             }
         };
+        self.check_caller(upstream);
         let Some(address) = upstream.listen else { return };
         let name = outbound_name(address);
         if !self.claim_address(address, format!("upstream `{service}`")) {
@@ -137,6 +161,60 @@ impl NodeBuilder<'_> {
         }
         let filter = forward_to_service(&name, service, &shape.effective, &shape.shares);
         self.add(&listener(&name, address, Direction::Outbound, filter));
+    }
+
+    /// Reports an upstream for which the node lacks the certificate that the upstream or the called service demands.
+    fn check_caller(&mut self, upstream: &Upstream) {
+        let (report, service) = (self.report, &upstream.service);
+        if let Some(workload) = &upstream.as_ {
+            let known = certificates(report, std::slice::from_ref(upstream));
+            if report.identity.is_some() && known.is_empty() {
+                self.report(format!(
+                    "calls `{service}` as `{workload}`, for which it has no certificate: `{workload}` must be among its workloads \
+                     and among the services of its join token; it calls with its default certificate"
+                ));
+            }
+        }
+        let mode = self.world.documents.settings(service, self.documents).mtls_mode();
+        if mode == MtlsMode::Strict && report.identity.is_none() {
+            self.report(format!(
+                "calls `{service}`, which accepts only mTLS, and is not enrolled: calls fail; give its agent a join token"
+            ));
+        }
+    }
+
+    /// Returns the checks of inbound connections to a workload of `service`. mTLS connections are always checked, so that the
+    /// first document about a service touches no listener for mTLS.
+    fn checks(&mut self, service: &'a ServiceName, protocol: Protocol, by_mtls: bool) -> InboundChecks {
+        if !by_mtls && !self.world.documents.governs_access(service) {
+            return InboundChecks::default();
+        }
+        let level = if protocol.is_http() { FilterLevel::Http } else { FilterLevel::Tcp };
+        self.checked.insert((service, level));
+        let of_tokens = level == FilterLevel::Http && jwt::is_used(self.world, service);
+        let of_tokens = of_tokens.then(|| (jwt::filter_name(service), jwt::type_url()));
+        let of_rules = (access::filter_name(service, level), level.type_url());
+        InboundChecks { filters: of_tokens.into_iter().chain([of_rules]).collect(), tells_caller: by_mtls }
+    }
+
+    /// Adds the configuration of the filters that check callers. An edit of an `Access` document changes only these.
+    fn add_filter_configs(&mut self) {
+        for (service, level) in std::mem::take(&mut self.checked) {
+            let of_service = self.report.workloads.iter().filter(|workload| workload.service == *service);
+            let ports: Vec<u16> = of_service.map(|workload| workload.port).collect();
+            let input = AccessInput { world: self.world, peers: self.peers, service, ports: &ports, level };
+            let rules = access::filter_config(&input);
+            let tokens = level == FilterLevel::Http && jwt::is_used(self.world, service);
+            let tokens = tokens.then(|| jwt::filter_config(self.world, service));
+            for config in tokens.into_iter().chain([rules]) {
+                self.resources.push(Resource::new(Kind::ExtensionConfig, config.name.as_str(), &config));
+            }
+        }
+    }
+
+    /// Returns the mode of mTLS for the node's workloads of `service`.
+    fn mode(&self, service: &ServiceName) -> MtlsMode {
+        self.world.documents.settings(service, self.documents).mtls_mode()
     }
 
     /// Adds the listeners for captured connections. They are added before the declared
@@ -183,6 +261,11 @@ impl NodeBuilder<'_> {
                 continue;
             }
             by_port.insert((host, port), service);
+            if self.mode(service) == MtlsMode::Strict {
+                let name = format!("inbound|{service}|{port}|strict");
+                chains.push(gate::closing_chain(&name, gate::match_destination(host, port)));
+                continue;
+            }
             let at = match workload.host {
                 Some(host) => SocketAddr::new(host, port).to_string(),
                 None => port.to_string(),
@@ -191,18 +274,19 @@ impl NodeBuilder<'_> {
             let protocol = workload.protocol.unwrap_or_else(|| self.world.protocol(service));
             let cluster = match workload.host {
                 Some(host) => {
-                    local_cluster(&name, protocol, local_assignment(&name, SocketAddr::new(host, port)))
+                    local_cluster(&name, protocol, local_assignment(&name, &[SocketAddr::new(host, port)]))
                 }
                 None => captured_application_cluster(&name, protocol),
             };
             self.resources.push(Resource::new(Kind::Cluster, name.as_str(), &cluster));
-            let filter = forward_to_application(&name, &format!("inbound|{service}"), protocol);
+            let checks = self.checks(service, protocol, false);
+            let filter = forward_to_application(&name, &format!("inbound|{service}"), protocol, &checks);
             chains.push(chain(&name, Some(gate::match_destination(host, port)), filter));
         }
         chains
     }
 
-    fn add_inbound(&mut self, workload: &Workload) {
+    fn add_inbound(&mut self, workload: &'a Workload) {
         let service = &workload.service;
         let mut name = format!("inbound|{service}");
         if self.resources.iter().any(|known| **known.name() == *name) {
@@ -211,13 +295,16 @@ impl NodeBuilder<'_> {
         let application =
             SocketAddr::new(workload.host.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)), workload.port);
         let Some(listen) = workload.listen else {
-            if self.report.capture.inbound.is_none() {
+            if self.report.capture.inbound.is_none() && !is_granted(self.report, service) {
                 self.report(format!(
                     "workload `{service}` has no `listen`, and no inbound connection is captured: Envoy serves it to nobody"
                 ));
             }
             return;
         };
+        if self.mode(service) == MtlsMode::Strict && !listen.ip().is_loopback() {
+            return;
+        }
         if application == listen {
             self.report(format!(
                 "workload `{service}`: Envoy cannot listen on {application}, where the application listens: give it \
@@ -229,9 +316,10 @@ impl NodeBuilder<'_> {
             return;
         }
         let protocol = workload.protocol.unwrap_or_else(|| self.world.protocol(service));
-        let cluster = local_cluster(&name, protocol, local_assignment(&name, application));
+        let cluster = local_cluster(&name, protocol, local_assignment(&name, &[application]));
         self.resources.push(Resource::new(Kind::Cluster, name.as_str(), &cluster));
-        let filter = forward_to_application(&name, &name, protocol);
+        let checks = self.checks(service, protocol, false);
+        let filter = forward_to_application(&name, &name, protocol, &checks);
         self.add_bound(&listener(&name, listen, Direction::Inbound, filter), listen);
     }
 
@@ -274,42 +362,4 @@ impl NodeBuilder<'_> {
 fn addresses_conflict(one: SocketAddr, other: SocketAddr) -> bool {
     one.port() == other.port()
         && (one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified())
-}
-
-/// Returns the filter that forwards inbound connections to the application behind `cluster`. Its statistics
-/// are named `stat`.
-fn forward_to_application(cluster: &str, stat: &str, protocol: Protocol) -> NetworkFilter {
-    let idle = Duration::from_secs(3600);
-    if protocol.is_http() {
-        return http(stat, Routes::Inline(Box::new(route_all_to(cluster))), idle);
-    }
-    tcp(stat, &[Share { cluster: cluster.to_owned(), weight: 1 }], idle, false)
-}
-
-/// Returns a route configuration that sends every request to `cluster`, without timeout and retries. Those
-/// are applied by the caller's Envoy, and a second set here would multiply them.
-fn route_all_to(cluster: &str) -> RouteConfiguration {
-    let action = RouteAction {
-        cluster_specifier: Some(ClusterSpecifier::Cluster(cluster.to_owned())),
-        timeout: Some(duration(Duration::ZERO)),
-        ..RouteAction::default()
-    };
-    let route = Route {
-        r#match: Some(RouteMatch {
-            path_specifier: Some(PathSpecifier::Prefix("/".to_owned())),
-            ..RouteMatch::default()
-        }),
-        action: Some(Action::Route(action)),
-        ..Route::default()
-    };
-    RouteConfiguration {
-        name: cluster.to_owned(),
-        virtual_hosts: vec![VirtualHost {
-            name: cluster.to_owned(),
-            domains: vec!["*".to_owned()],
-            routes: vec![route],
-            ..VirtualHost::default()
-        }],
-        ..RouteConfiguration::default()
-    }
 }

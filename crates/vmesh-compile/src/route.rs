@@ -403,7 +403,7 @@ fn route_match(matches: &Match) -> RouteMatch {
     }
 }
 
-fn header_matcher(name: &str, text: &TextMatch) -> HeaderMatcher {
+pub(crate) fn header_matcher(name: &str, text: &TextMatch) -> HeaderMatcher {
     let specifier = match text {
         TextMatch::Present(present) => HeaderMatchSpecifier::PresentMatch(*present),
         text => HeaderMatchSpecifier::StringMatch(string_matcher(text)),

@@ -5,17 +5,20 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use vmesh_catalog::World;
-use vmesh_model::document::{Documents, PlacedDocument, RouteDocument, ServiceDocument, Subset};
+use vmesh_model::document::{Documents, MtlsMode, PlacedDocument, RouteDocument, ServiceDocument, Subset};
 use vmesh_model::node::Client;
 use vmesh_model::{Endpoint, Place, Problem, ServiceName, Settings};
 use vmesh_xds::{Group, Kind, Resource};
 
+use crate::access;
 use crate::class::Variant;
 use crate::cluster::{eds_cluster, grpc_cluster};
 use crate::effective::EffectiveSettings;
-use crate::endpoints::assignment;
+use crate::endpoints::{CalledEndpoints, assignment};
 use crate::listener::api_listener;
+use crate::peers::Peers;
 use crate::route::{RouteCompiler, Share, cluster_name};
+use crate::tls::CallerTls;
 use crate::transparent::{CaptureIndex, CaptureInput, CaptureResources};
 
 /// One compiled variant of a service, and the inputs it was compiled from.
@@ -61,6 +64,7 @@ pub struct Shape {
 #[derive(Debug, PartialEq)]
 struct ShapeInputs {
     effective: EffectiveSettings,
+    tls: Option<CallerTls>,
     service: Option<Arc<PlacedDocument<ServiceDocument>>>,
     route: Option<Arc<PlacedDocument<RouteDocument>>>,
 }
@@ -68,7 +72,7 @@ struct ShapeInputs {
 /// The endpoints of one cluster, and the EDS resource built from them.
 #[derive(Debug, Clone)]
 struct Assignment {
-    endpoints: Arc<[Endpoint]>,
+    called: CalledEndpoints,
     resource: Arc<Resource>,
 }
 
@@ -88,10 +92,17 @@ impl Reuse<'_> {
     }
 }
 
+/// The inputs of a compilation that all services share.
+#[derive(Clone, Copy)]
+pub(crate) struct CompilerInput<'a> {
+    pub(crate) world: &'a World,
+    pub(crate) index: &'a CaptureIndex,
+    pub(crate) peers: &'a Peers,
+}
+
 /// Compiles the variant of `name` that has this key.
 pub(crate) fn compile(
-    world: &World,
-    index: &CaptureIndex,
+    CompilerInput { world, index, peers }: CompilerInput<'_>,
     name: &ServiceName,
     (key, variant): (&Arc<str>, &Variant),
     like: Reuse<'_>,
@@ -107,6 +118,15 @@ pub(crate) fn compile(
         // Without IPv6, Envoy rejects the whole assignment if it contains an IPv6 address.
         usable = all.iter().filter(|endpoint| endpoint.address.is_ipv4()).cloned().collect();
     }
+    let mut by_mtls = BTreeSet::new();
+    if variant.mtls.is_some() {
+        let calls = split_by_tls(name, &usable, variant.settings.mtls_mode(), peers);
+        by_mtls = calls.by_mtls;
+        if !calls.left_out.is_empty() {
+            usable = usable.iter().filter(|one| !calls.left_out.contains(&one.address)).cloned().collect();
+            problems.push(left_out(world, name, &calls.left_out, all.len()));
+        }
+    }
     let reshaped = before.is_none_or(|before| !Arc::ptr_eq(&before.shape, &shape));
     let mut assignments = Vec::with_capacity(shape.clusters.len());
     for (at, (cluster, subset)) in shape.clusters.iter().enumerate() {
@@ -117,16 +137,18 @@ pub(crate) fn compile(
         if subset.is_some() && members.is_empty() && !all.is_empty() {
             problems.push(empty_subset(shape.inputs.service.as_ref(), cluster, all.len()));
         }
+        let of_members = members.iter().map(|member| member.address).filter(|at| by_mtls.contains(at));
+        let called = CalledEndpoints { by_mtls: of_members.collect(), endpoints: members };
         let same = before
             .filter(|_| !reshaped)
             .and_then(|before| before.assignments.get(at))
-            .filter(|a| a.endpoints == members);
+            .filter(|a| a.called == called);
         assignments.push(match same {
             Some(same) => same.clone(),
             None => {
-                let message = assignment(cluster, &members, balancing, zone);
+                let message = assignment(cluster, &called, balancing, zone);
                 let resource = like.share(Resource::new(Kind::Endpoint, cluster.as_str(), &message));
-                Assignment { endpoints: members, resource }
+                Assignment { called, resource }
             }
         });
     }
@@ -141,6 +163,44 @@ pub(crate) fn compile(
     let resources: Vec<_> = shape.resources.iter().chain(endpoints).chain(captured).cloned().collect();
     let group = Group::new(name.shared(), resources);
     CompiledVariant { variant: key.clone(), group, shape, assignments, transparent, problems }
+}
+
+/// The endpoints of a service, by the way in which an enrolled node calls them.
+struct TlsSplit {
+    by_mtls: BTreeSet<SocketAddr>,
+    /// The endpoints that are not called, because plaintext is not allowed and mTLS is not possible.
+    left_out: BTreeSet<SocketAddr>,
+}
+
+/// Returns the way in which an enrolled caller with `mode` calls each endpoint.
+fn split_by_tls(name: &ServiceName, endpoints: &[Endpoint], mode: MtlsMode, peers: &Peers) -> TlsSplit {
+    let mut split = TlsSplit { by_mtls: BTreeSet::new(), left_out: BTreeSet::new() };
+    for endpoint in endpoints {
+        let address = endpoint.address;
+        match peers.endpoint(name, address) {
+            Some(of_node) if mode.max(of_node.unwrap_or_default()) != MtlsMode::Off => {
+                split.by_mtls.insert(address);
+            }
+            None if mode == MtlsMode::Strict => _ = split.left_out.insert(address),
+            _ => {}
+        }
+    }
+    split
+}
+
+fn left_out(world: &World, name: &ServiceName, addresses: &BTreeSet<SocketAddr>, all: usize) -> Problem {
+    let some: Vec<_> = addresses.iter().take(3).map(SocketAddr::to_string).collect();
+    let more = if addresses.len() > some.len() { " and more" } else { "" };
+    let message = format!(
+        "{} of {all} endpoints are left out ({}{more}): its mode of mTLS is strict, and they are workloads of no enrolled node that \
+         is ready for mTLS; `vmeshctl explain` says why for each",
+        addresses.len(),
+        some.join(", ")
+    );
+    let documented = world.documents.services.get(name).map(|document| document.place.clone());
+    let of_mesh = || world.documents.mesh.as_ref().map(|mesh| mesh.place.clone());
+    let place = documented.or_else(of_mesh).unwrap_or_else(|| Place::file("documents"));
+    Problem::new(place, format!("Service `{name}`"), message)
 }
 
 /// Returns the problems in the documents of `name`, whether or not any node calls it.
@@ -165,6 +225,9 @@ pub(crate) fn find_problems(world: &World, name: &ServiceName) -> Vec<Problem> {
         }
         problems.append(&mut router.problems);
     }
+    if world.is_known(name) {
+        problems.extend(access::find_problems(world, name));
+    }
     let all = world.endpoints(name);
     if let Some(document) = documents.services.get(name).filter(|_| !all.is_empty()) {
         let empty = document.subsets.iter().filter(|(_, subset)| !all.iter().any(|one| subset.contains(one)));
@@ -188,8 +251,14 @@ fn empty_subset(
 fn compile_shape(world: &World, name: &ServiceName, variant: &Variant, like: Reuse<'_>) -> Arc<Shape> {
     let before = like.earlier.map(|compiled| &compiled.shape);
     let effective = EffectiveSettings::of(&variant.settings, world.protocol(name));
+    let tls = variant.mtls.as_ref().map(|certificate| CallerTls {
+        service: name.clone(),
+        trust_domain: world.trust_domain.clone(),
+        certificate: certificate.workload.clone(),
+    });
     let inputs = ShapeInputs {
         effective: effective.clone(),
+        tls,
         service: world.documents.services.get(name).cloned(),
         route: world.documents.routes.get(name).cloned(),
     };
@@ -215,7 +284,7 @@ fn compile_shape(world: &World, name: &ServiceName, variant: &Variant, like: Reu
     let mut resources = Vec::new();
     for (cluster, _) in &clusters {
         let message = match variant.client {
-            Client::Envoy => eds_cluster(cluster, &effective),
+            Client::Envoy => eds_cluster(cluster, &effective, inputs.tls.as_ref()),
             Client::Grpc => grpc_cluster(cluster, &effective),
         };
         resources.push(Resource::new(Kind::Cluster, cluster.as_str(), &message));

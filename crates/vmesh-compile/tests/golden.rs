@@ -12,20 +12,22 @@
     reason = "a test that cannot go on ends"
 )]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Permissions};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use expect_test::expect_file;
 use serde_json::{Map, Value, json};
 use vmesh_catalog::{Catalog, SourceService, SourceView};
 use vmesh_compile::compile;
+use vmesh_identity::{Identity, Key, Lifetimes, Root, TrustDomain};
 use vmesh_model::State;
 use vmesh_model::load::{DocumentFile, Library};
-use vmesh_model::node::{Client, NodeCapture, Upstream, Upstreams, Workload};
+use vmesh_model::node::{Client, NodeCapture, NodeIdentity, Upstream, Upstreams, Workload};
 use vmesh_model::{Endpoint, Health, Labels, NodeReport, Place, Registration, Weight};
 use vmesh_proto::json::bytes_to_json;
 use vmesh_testkit::{envoy, tempdir};
@@ -87,7 +89,8 @@ fn without_ipv6(envoy: &Path, path: &Path) -> PathBuf {
     path.to_owned()
 }
 
-/// Parses the three parts of an input file and compiles them.
+/// Parses the parts of an input file and compiles them. `== others` are nodes that are not compiled, with an empty line
+/// between them.
 fn compiled(case: &Path) -> (Snapshot, Vec<vmesh_model::Problem>, Client) {
     let text = fs::read_to_string(case).unwrap();
     let mut parts = text.split("\n== ");
@@ -95,15 +98,19 @@ fn compiled(case: &Path) -> (Snapshot, Vec<vmesh_model::Problem>, Client) {
     let mut sections: BTreeMap<&str, &str> = parts.map(|part| part.split_once('\n').unwrap()).collect();
     let documents = sections.remove("documents").unwrap_or_default();
     let node = sections.remove("node").expect("a `== node` section");
+    let others = sections.remove("others").unwrap_or_default();
     assert!(sections.is_empty(), "{}: unknown sections {sections:?}", case.display());
 
-    let mut catalog = Catalog::new(1);
+    let mut catalog = Catalog::new(1).with_trust_domain("mesh.test");
     catalog.on_view(0, SourceView { services: read_services(services), problems: Vec::new() });
     let file = DocumentFile { path: "mesh.yaml", content: Ok(documents.as_bytes()) };
     let files = if documents.is_empty() { Vec::new() } else { vec![file] };
     let (documents, problems) = Library::default().update(&files);
     assert_eq!(problems, [], "{}", case.display());
     catalog.on_documents(documents, 1, problems);
+    for other in others.split("\n\n").filter(|other| !other.trim().is_empty()) {
+        catalog.on_node(read_node(other));
+    }
     let report = read_node(node);
     let (snapshot, problems) = compile(catalog.world(), &report);
     (snapshot, problems, report.client)
@@ -164,8 +171,8 @@ fn read_services(text: &str) -> BTreeMap<vmesh_model::ServiceName, SourceService
     services.into_iter().map(|(name, registration)| (name, seen(registration))).collect()
 }
 
-/// Parses a node: a line `web-1 zone=eu-1a label.role=web`, and below it any of `calls orders
-/// 127.0.0.1:9001`, `calls *`, `serves orders 8080 127.0.0.1:15008`, `client grpc`, `captures outbound vip`,
+/// Parses a node: a line `web-1 zone=eu-1a label.role=web address=10.0.0.7 grants=orders,web granted.role=web
+/// mtls=ready`, and below it any of `calls orders 127.0.0.1:9001`, `calls orders as web`, `calls *`, `serves orders 8080 127.0.0.1:15008`, `client grpc`, `captures outbound vip`,
 /// `captures inbound tproxy` and `has no IPv6`.
 fn read_node(text: &str) -> NodeReport {
     let mut lines = text.lines().filter(|line| !line.trim().is_empty());
@@ -186,6 +193,17 @@ fn read_node(text: &str) -> NodeReport {
     for word in head {
         match word.split_once('=').unwrap() {
             ("zone", zone) => report.zone = Some(zone.into()),
+            ("address", address) => report.address = Some(address.parse().unwrap()),
+            ("mtls", "ready") => report.mtls_ready = true,
+            ("grants", services) => {
+                let services = services.split(',').filter(|name| !name.is_empty());
+                let services = services.map(|name| name.parse().unwrap()).collect();
+                report.identity = Some(NodeIdentity { services, ..NodeIdentity::default() });
+            }
+            (granted, value) if granted.starts_with("granted.") => {
+                let labels = &mut report.identity.as_mut().unwrap().labels;
+                labels.insert(granted.strip_prefix("granted.").unwrap().into(), value.into());
+            }
             (label, value) => {
                 _ = report.labels.insert(label.strip_prefix("label.").unwrap().into(), value.into());
             }
@@ -196,9 +214,13 @@ fn read_node(text: &str) -> NodeReport {
         match words.as_slice() {
             ["calls", "*"] => report.upstreams = Upstreams::All,
             ["calls", service, rest @ ..] => {
+                let (rest, as_) = match rest {
+                    [listen @ .., "as", workload] => (listen, Some(workload.parse().unwrap())),
+                    rest => (rest, None),
+                };
                 let Upstreams::Declared(declared) = &mut report.upstreams else { panic!("calls * and more") };
                 let listen = rest.first().map(|listen| listen.parse().unwrap());
-                declared.push(Upstream { service: service.parse().unwrap(), listen, as_: None });
+                declared.push(Upstream { service: service.parse().unwrap(), listen, as_ });
             }
             ["serves", service, application, rest @ ..] => {
                 let (host, port) = match application.parse::<SocketAddr>() {
@@ -244,7 +266,49 @@ fn shown(snapshot: &Snapshot) -> Value {
     all.into()
 }
 
-/// Returns the snapshot as a static Envoy configuration, with the EDS and RDS resources inlined.
+/// Returns the secrets that an agent would deliver by SDS: any certificate, and the root that issued it.
+fn secrets(names: &BTreeSet<String>) -> Vec<Value> {
+    let domain: TrustDomain = "mesh.test".parse().unwrap();
+    let (now, lifetimes) = (SystemTime::now(), Lifetimes::default());
+    let root = Root::generate(&domain, now, &lifetimes).unwrap();
+    let issuer = root.issue_intermediate("mesh1", now, &lifetimes).unwrap();
+    let key = Key::generate().unwrap();
+    let id = domain.id(Identity::Service("orders".parse().unwrap()));
+    let chain = issuer.issue(&key.request().unwrap(), &id.into(), now, &lifetimes).unwrap();
+    let inline = |text: &str| json!({ "inline_string": text });
+    let secret = |name: &String| match name.as_str() {
+        "trust_bundle" => {
+            json!({"name": name, "validation_context": {"trusted_ca": inline(&issuer.bundle().unwrap().to_pem())}})
+        }
+        _ => {
+            let certificate =
+                json!({"certificate_chain": inline(&chain.to_pem()), "private_key": inline(&key.to_pem())});
+            json!({"name": name, "tls_certificate": certificate})
+        }
+    };
+    names.iter().map(secret).collect()
+}
+
+/// Makes the resources that a listener or cluster takes from ADS static: secrets by their names, of which it returns the
+/// list, and filters by their configuration.
+fn inline(value: &mut Value, filters: &Map<String, Value>, secrets: &mut BTreeSet<String>) {
+    match value {
+        Value::Array(items) => items.iter_mut().for_each(|item| inline(item, filters, secrets)),
+        Value::Object(fields) => {
+            if fields.remove("sds_config").is_some() {
+                secrets.insert(fields["name"].as_str().unwrap().to_owned());
+            }
+            if fields.remove("config_discovery").is_some() {
+                let name = fields["name"].as_str().unwrap();
+                fields.insert("typed_config".to_owned(), filters[name]["typed_config"].clone());
+            }
+            fields.values_mut().for_each(|field| inline(field, filters, secrets));
+        }
+        _ => {}
+    }
+}
+
+/// Returns the snapshot as a static Envoy configuration, with the EDS, RDS, SDS and ECDS resources inlined.
 fn bootstrap(snapshot: &Snapshot) -> Value {
     let all = shown(snapshot);
     let of = |kind: &str| all.get(kind).and_then(Value::as_object).cloned().unwrap_or_default();
@@ -262,11 +326,14 @@ fn bootstrap(snapshot: &Snapshot) -> Value {
     let mut listeners: Vec<_> = of("Listener").into_iter().map(|(_, listener)| listener).collect();
     for listener in &mut listeners {
         let chains = listener["filter_chains"].as_array_mut().unwrap();
-        for config in chains.iter_mut().map(|chain| &mut chain["filters"][0]["typed_config"]) {
+        let filters = chains.iter_mut().flat_map(|chain| chain["filters"].as_array_mut().unwrap());
+        for config in filters.filter_map(|filter| filter.get_mut("typed_config")) {
             if let Some(rds) = config.as_object_mut().unwrap().remove("rds") {
                 config["route_config"] = routes[rds["route_config_name"].as_str().unwrap()].clone();
             }
         }
     }
-    json!({"static_resources": {"clusters": clusters, "listeners": listeners}})
+    let (filters, mut names) = (of("ExtensionConfig"), BTreeSet::new());
+    clusters.iter_mut().chain(&mut listeners).for_each(|resource| inline(resource, &filters, &mut names));
+    json!({"static_resources": {"clusters": clusters, "listeners": listeners, "secrets": secrets(&names)}})
 }

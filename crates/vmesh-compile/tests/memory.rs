@@ -12,7 +12,7 @@ use vmesh_compile::{Change, Compiler, Counts, NodeId, Update, compile};
 use vmesh_model::State;
 use vmesh_model::load::{DocumentFile, Library};
 use vmesh_model::node::{
-    Client, InboundCapture, NodeCapture, OutboundCapture, Upstream, Upstreams, Workload,
+    Client, InboundCapture, NodeCapture, NodeIdentity, OutboundCapture, Upstream, Upstreams, Workload,
 };
 use vmesh_model::{
     Endpoint, Health, Labels, NodeReport, Place, Problem, Protocol, Registration, ServiceName, Weight,
@@ -25,6 +25,8 @@ enum Step {
     Services(Vec<(usize, Option<bool>, Vec<u8>)>),
     /// Sets documents: for each entry of `DOCUMENTS` its version, or `None` if it is absent.
     Documents(Vec<Option<usize>>),
+    /// Sets the report of a node of the world: which node, and the index of its report, or `None` if it is forgotten.
+    Peer(usize, Option<usize>),
     /// Connects a node, or disconnects it if it is connected: its id, and the index of its report.
     Node(NodeId, usize),
 }
@@ -71,6 +73,22 @@ const DOCUMENTS: &[[&str; 2]] = &[
         "kind: Node\nlabels: {role: web, rack: r1}\noutbound: registry-only\ncapture: {on_loss: closed}\n",
         "kind: Node\nlabels: {role: web, rack: r1}\noutbound: allow-any\nload_balancing: {policy: random}\n",
     ],
+    [
+        "kind: Service\nname: s2\nmtls: {mode: permissive}\n",
+        "kind: Service\nname: s2\nmtls: {mode: strict}\ntimeouts: {connect: 5s}\n",
+    ],
+    [
+        "kind: Node\nlabels: {peer: \"yes\"}\nmtls: {mode: strict}\n",
+        "kind: Node\nlabels: {peer: \"yes\"}\nmtls: {mode: \"off\"}\n",
+    ],
+    [
+        "kind: Access\nservice: s2\nrules: [{from: {nodes: {tier: gold}}, action: allow}]\n",
+        "kind: Access\nservice: s2\nmode: audit\nrules: [{from: {services: [s0]}, to: {paths: [{prefix: /a}]}, action: deny}]\n",
+    ],
+    [
+        "kind: Access\nservice: s1\nname: other\nrules: [{from: {nodes: {tier: gold}}, action: deny}]\n",
+        "kind: Access\nservice: s1\nname: other\nrules: [{from: {nodes: {tier: iron}}, action: deny}]\n",
+    ],
 ];
 
 fn step() -> impl Strategy<Value = Step> {
@@ -79,6 +97,7 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         3 => prop::collection::vec(service, 1..3).prop_map(Step::Services),
         1 => prop::collection::vec(prop::option::of(0usize..2), DOCUMENTS.len()).prop_map(Step::Documents),
+        2 => (0..PEERS, prop::option::weighted(0.8, 0..peers(0).len())).prop_map(|(peer, report)| Step::Peer(peer, report)),
         3 => (0u64..6, 0..reports().len()).prop_map(|(id, report)| Step::Node(id, report)),
     ]
 }
@@ -105,8 +124,39 @@ fn seen(name: &ServiceName, http: bool, versions: &[u8]) -> SourceService {
     SourceService { registration: Arc::new(registration), state: State::Fresh, because: None }
 }
 
+/// The number of nodes of the world that run workloads.
+const PEERS: usize = 3;
+
+/// Reports of the node `number` of the world, at different stages of its enrolment.
+fn peers(number: usize) -> [NodeReport; 5] {
+    let all: Vec<_> = NAMES.iter().flat_map(|name| [80, 81, 82].map(|port| workload(name, port))).collect();
+    let peer = NodeReport {
+        name: format!("peer-{number}").parse().unwrap(),
+        address: Some(format!("10.0.0.{}", number + 1).parse().unwrap()),
+        labels: Labels::new(),
+        workloads: all,
+        ..report()
+    };
+    let granted = |services: &[&str], tier: &str| {
+        let services = services.iter().map(|name| name.parse().unwrap()).collect();
+        Some(NodeIdentity { services, labels: [("tier".into(), tier.into())].into() })
+    };
+    let ready = NodeReport { identity: granted(&["s1", "s2"], "gold"), mtls_ready: true, ..peer.clone() };
+    [
+        peer.clone(),
+        NodeReport { identity: granted(&["s1", "s2"], "gold"), ..peer },
+        NodeReport { labels: [("peer".into(), "yes".into())].into(), ..ready.clone() },
+        NodeReport {
+            identity: granted(&["s2"], "iron"),
+            address: Some([10, 0, 0, 1].into()),
+            ..ready.clone()
+        },
+        ready,
+    ]
+}
+
 /// Reports of nodes of different classes and with different scopes.
-fn reports() -> [NodeReport; 6] {
+fn reports() -> [NodeReport; 9] {
     let captures = |outbound: Option<OutboundCapture>, upstreams: Upstreams| NodeReport {
         capture: NodeCapture {
             outbound,
@@ -117,6 +167,8 @@ fn reports() -> [NodeReport; 6] {
         ..report()
     };
     let declared = report().upstreams;
+    let services = ["s0", "s1", "s2"].map(|name| name.parse().unwrap()).into();
+    let enrolled = Some(NodeIdentity { services, ..NodeIdentity::default() });
     [
         captures(None, declared.clone()),
         captures(Some(OutboundCapture::Vip), Upstreams::All),
@@ -135,6 +187,24 @@ fn reports() -> [NodeReport; 6] {
             ..report()
         },
         NodeReport { client: Client::Grpc, upstreams: Upstreams::All, ..report() },
+        // Enrolled nodes: two callers with different certificates, and one that is called.
+        NodeReport { identity: enrolled.clone(), ..report() },
+        NodeReport {
+            identity: enrolled.clone(),
+            workloads: vec![workload("s0", 8080)],
+            upstreams: Upstreams::Declared(vec![Upstream {
+                as_: Some("s0".parse().unwrap()),
+                ..upstream("s2", 9000)
+            }]),
+            ..captures(Some(OutboundCapture::Addresses), Upstreams::All)
+        },
+        NodeReport {
+            identity: enrolled,
+            address: Some([10, 0, 0, 1].into()),
+            workloads: vec![workload("s2", 8080), workload("s1", 8081), workload("s3", 8082)],
+            mtls_ready: true,
+            ..report()
+        },
     ]
 }
 
@@ -311,7 +381,7 @@ proptest! {
 
     #[test]
     fn any_way_to_a_world_gives_each_node_what_the_world_gives_it_alone_and_leaves_nothing(steps in prop::collection::vec(step(), 1..16)) {
-        let mut catalog = Catalog::new(1);
+        let mut catalog = Catalog::new(1).with_trust_domain("mesh.test");
         let mut compiler = Compiler::new(catalog.world().clone());
         let mut services: BTreeMap<ServiceName, SourceService> = BTreeMap::new();
         let mut library = Library::default();
@@ -341,6 +411,19 @@ proptest! {
                     hash += 1;
                     catalog.on_documents(documents, hash, problems);
                     published.apply(compiler.apply(world(&catalog)));
+                }
+                Step::Peer(number, which) => {
+                    match which {
+                        Some(which) => _ = catalog.on_node(peers(number)[which].clone()),
+                        None => _ = catalog.forget_node(&peers(number)[0].name),
+                    }
+                    // Worlds of node reports are often missed.
+                    if number > 0 {
+                        published.apply(compiler.apply(world(&catalog)));
+                    } else {
+                        catalog.on_node(peers(1)[which.unwrap_or_default()].clone());
+                        published.apply(compiler.apply(world(&catalog)));
+                    }
                 }
                 Step::Node(id, which) => {
                     if connected.remove(&id).is_some() {
