@@ -85,6 +85,11 @@ struct TwoNodes {
 
 impl TwoNodes {
     async fn start(protocol: Protocol) -> Result<TwoNodes> {
+        TwoNodes::start_as(protocol, "orders").await
+    }
+
+    /// Starts a mesh in which `orders-1` shows a certificate of the service `shown`.
+    async fn start_as(protocol: Protocol, shown: &str) -> Result<TwoNodes> {
         let (web, orders) = (Loopback::unique()?, Loopback::unique()?);
         let app = HttpApp::start("orders", "v1", SocketAddr::new(orders.ip(), 8080))?;
         let domain: TrustDomain = DOMAIN.parse().unwrap();
@@ -137,10 +142,8 @@ impl TwoNodes {
         }
         nodes.documents("kind: Service\nname: orders\nmtls: {mode: permissive}\n");
         nodes.secrets("web-1", &[("caller", "web", "web-1")]);
-        nodes.secrets(
-            "orders-1",
-            &[("workload|orders", "orders", "orders-1"), ("caller", "orders", "orders-1")],
-        );
+        nodes
+            .secrets("orders-1", &[("workload|orders", shown, "orders-1"), ("caller", "orders", "orders-1")]);
         for node in ["web-1", "orders-1"] {
             nodes.start_envoy(node, xds).await?;
         }
@@ -340,22 +343,22 @@ fn with(access: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_envoys_call_each_other_by_mtls_and_know_each_other() -> Result<()> {
-    let nodes = TwoNodes::start(Protocol::Http).await?;
-    nodes.wait_status("GET /", 200).await?;
-    assert!(nodes.stat("web-1", "cluster.orders.ssl.handshake").await? > 0, "the call went by plaintext");
-    let (ip, port) = (nodes.orders.ip(), 15_008);
-    // Plaintext and TLS without a certificate are refused on the port for mTLS.
-    assert_eq!(status(SocketAddr::new(ip, port), "GET /").unwrap_or_default(), 0);
-    // The plaintext port accepts both while the mode is permissive.
-    assert_eq!(status(SocketAddr::new(ip, 9080), "GET /").unwrap_or_default(), 200);
-
     // A node with a valid certificate of another service is not `orders`.
-    nodes
-        .secrets("orders-1", &[("workload|orders", "billing", "orders-1"), ("caller", "orders", "orders-1")]);
-    nodes.wait_status("GET /", 503).await?;
-    assert!(nodes.stat("web-1", "cluster.orders.ssl.fail_verify_san").await? > 0);
+    let nodes = TwoNodes::start_as(Protocol::Http, "billing").await?;
+    let refused = async || match nodes.stat("web-1", "cluster.orders.ssl.fail_verify_san").await {
+        Ok(refused) if refused > 0 => Ok(()),
+        other => Err(format!("{other:?}, and a call was answered with {}", nodes.call("GET /"))),
+    };
+    wait_for("web-1 to refuse the certificate", BOUND, refused).await?;
+    assert_eq!((nodes.call("GET /"), nodes.app.requests()), (503, 0));
     nodes.secrets("orders-1", &[("workload|orders", "orders", "orders-1"), ("caller", "orders", "orders-1")]);
     nodes.wait_status("GET /", 200).await?;
+    assert!(nodes.stat("web-1", "cluster.orders.ssl.handshake").await? > 0, "the call went by plaintext");
+
+    // Plaintext is refused on the port for mTLS. The plaintext port accepts it while the mode is permissive.
+    let ip = nodes.orders.ip();
+    assert_eq!(status(SocketAddr::new(ip, 15_008), "GET /").unwrap_or_default(), 0);
+    assert_eq!(status(SocketAddr::new(ip, 9080), "GET /").unwrap_or_default(), 200);
 
     // Off: plaintext again.
     nodes.documents("kind: Service\nname: orders\nmtls: {mode: \"off\"}\n");

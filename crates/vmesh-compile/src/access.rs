@@ -208,7 +208,7 @@ impl AccessInput<'_> {
             let nodes: Vec<_> = self.peers.labelled(&from.nodes).take(MAX_NODES_PER_RULE + 1).collect();
             match nodes.len() {
                 0 => return None,
-                ..=MAX_NODES_PER_RULE => {
+                1..=MAX_NODES_PER_RULE => {
                     let names = nodes
                         .into_iter()
                         .map(|node| certificate_name(SanType::Dns, node_name(trust_domain, node)));

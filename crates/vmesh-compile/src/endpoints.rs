@@ -150,7 +150,6 @@ fn lb_endpoint(target: &Target<'_>) -> LbEndpoint {
             hostname: endpoint.hostname.as_deref().unwrap_or_default().to_owned(),
             ..EnvoyEndpoint::default()
         })),
-        ..LbEndpoint::default()
     }
 }
 

@@ -34,9 +34,8 @@ pub(crate) struct PeerChanges {
 impl Peers {
     /// Returns the index of `world`; empty if no document needs it.
     pub(crate) fn new(world: &World) -> Peers {
-        let mut peers = Peers::default();
-        peers.labelled =
-            label_sets(&world.documents).into_iter().map(|labels| (labels, BTreeSet::new())).collect();
+        let labelled = label_sets(&world.documents).into_iter().map(|labels| (labels, BTreeSet::new()));
+        let mut peers = Peers { endpoints: BTreeMap::new(), labelled: labelled.collect() };
         let has_mtls = world.documents.uses_mtls();
         if !has_mtls && peers.labelled.is_empty() {
             return peers;
