@@ -1,7 +1,7 @@
 //! mTLS between two real Envoys, and `Access` documents that they enforce. The configuration comes from the compiler over the
 //! real xDS server; certificates come as an agent would deliver them.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on ends")]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test that cannot go on ends")]
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};

@@ -1,6 +1,6 @@
 //! Calls by mTLS and rules of access: which resources a change touches, and what the operator is told.
 
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test that cannot go on ends")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on ends")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
