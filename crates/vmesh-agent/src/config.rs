@@ -13,13 +13,14 @@ use serde::Deserialize;
 use vmesh_capture::spec::{Outbound, Ports};
 use vmesh_daemon::fsx::{self, FileError};
 use vmesh_model::endpoint::Address;
-use vmesh_model::node::{self, Upstream, Upstreams};
+use vmesh_model::node::{self, MTLS_PORT, Upstream, Upstreams};
 use vmesh_model::text::Time;
 use vmesh_model::{Labels, NodeName, Place, Problem, Protocol, ServiceName, load};
 
 use vmesh_dns::{Zone, table::Suffix};
 
 use crate::capture::settings::{self, CaptureMode, CaptureSettings};
+use crate::credentials::token;
 use crate::health::HealthCheck;
 use crate::register::{Instance, OnStop, RegisterSettings, RegistrationPlan, RegistrySettings};
 use values::{ListenAddress, PortNumber};
@@ -27,7 +28,8 @@ use values::{ListenAddress, PortNumber};
 /// Port of the local DNS server, unless `listen.dns` is set.
 pub const DNS_PORT: u16 = 15053;
 
-/// Port of the first workload's inbound listener, unless it has a `listen`. The following workloads get the following ports.
+/// Port of the first workload's plaintext inbound listener, unless it has a `listen`. The following workloads get the following ports. A
+/// node with an identity has no such listener by default: it is called at [`MTLS_PORT`].
 pub const INBOUND_PORT: u16 = 15008;
 
 const MAX_CONFIG: u64 = 4 << 20;
@@ -46,6 +48,8 @@ pub struct Config {
     pub zone_of_names: Zone,
     /// The settings of transparent capture.
     pub capture: CaptureSettings,
+    /// `join:` of the file. `None`: this node has an identity already, or needs none.
+    pub join: Option<JoinSettings>,
     pub name: NodeName,
     pub address: Option<IpAddr>,
     pub zone: Option<Arc<str>>,
@@ -58,16 +62,29 @@ pub struct Config {
     pub log: Option<String>,
 }
 
-/// One replica of the control plane, reached in plaintext: this version has no TLS.
+/// One replica of the control plane.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ControlPlane {
     pub address: Address,
+    /// True for mTLS, false for plaintext.
+    pub is_tls: bool,
 }
 
 impl fmt::Display for ControlPlane {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "http://{}", self.address)
+        match self.is_tls {
+            true => write!(f, "{}", self.address),
+            false => write!(f, "http://{}", self.address),
+        }
     }
+}
+
+/// `join:` of `agent.yaml`: the way to the identity of this node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct JoinSettings {
+    /// The file with the join token. `None`: the credential `vmesh-join-token` that systemd gives to the agent.
+    pub token_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -225,6 +242,23 @@ impl Config {
     pub fn bootstrap(&self) -> PathBuf {
         self.run_dir.join("bootstrap.json")
     }
+
+    /// Reports whether this node needs an identity: it reaches its control planes by mTLS.
+    pub fn needs_identity(&self) -> bool {
+        self.control_planes.iter().any(|control_plane| control_plane.is_tls)
+    }
+
+    /// Returns the file of the join token. `None`: neither the configuration nor systemd names one.
+    pub fn token_path(&self) -> Option<PathBuf> {
+        let token_file = self.join.as_ref()?.token_file.as_deref();
+        token::token_path(token_file, token::credentials_directory().as_deref())
+    }
+
+    /// Returns the address at which Envoy receives mTLS connections of other nodes. `None`: it receives none.
+    pub fn mtls_address(&self) -> Option<SocketAddr> {
+        let address = self.address.filter(|_| self.needs_identity())?;
+        Some(SocketAddr::new(address, MTLS_PORT))
+    }
 }
 
 /// Resolves a path against the working directory: other processes, with other working directories, read it too.
@@ -253,6 +287,7 @@ impl ProblemList {
 #[serde(deny_unknown_fields)]
 struct ConfigFile {
     control_plane: Vec<ControlPlane>,
+    join: Option<JoinSettings>,
     #[serde(default = "default_state_dir")]
     state_dir: PathBuf,
     #[serde(default = "default_run_dir")]
@@ -358,7 +393,20 @@ impl ConfigFile {
         if self.control_plane.is_empty() {
             problems.add(
                 "control_plane",
-                "`control_plane` is empty: name at least one, as \"http://127.0.0.1:15010\"",
+                "`control_plane` is empty: name at least one, as \"mesh1.example:15012\"",
+            );
+        }
+        let has_identity = self.control_plane.iter().any(|control_plane| control_plane.is_tls);
+        if has_identity && self.control_plane.iter().any(|control_plane| !control_plane.is_tls) {
+            problems.add(
+                "control_plane",
+                "`control_plane` has entries with mTLS and entries with http://: this node has an identity at all replicas, or at none",
+            );
+        }
+        if self.join.is_some() && !has_identity && !self.control_plane.is_empty() {
+            problems.add(
+                "join",
+                "`join` needs control planes with mTLS: write `control_plane` without http://, as \"mesh1.example:15012\"",
             );
         }
         let name = match self.node.name.clone() {
@@ -380,7 +428,7 @@ impl ConfigFile {
         let upstreams = upstreams(self.upstreams, &self.capture.outbound, problems);
         let workloads = match self.capture.inbound {
             CaptureMode::Off => Vec::new(),
-            CaptureMode::Explicit => workloads(self.workloads, self.node.address, true, problems),
+            CaptureMode::Explicit => workloads(self.workloads, self.node.address, !has_identity, problems),
             CaptureMode::Transparent(_) => workloads(self.workloads, self.node.address, false, problems),
         };
         if capture.inbound() {
@@ -405,6 +453,7 @@ impl ConfigFile {
             dns,
             zone_of_names: self.dns.zone(problems),
             capture,
+            join: self.join.map(|join| JoinSettings { token_file: join.token_file.map(absolute) }),
             name: name?,
             address: self.node.address,
             zone: self.node.zone,
@@ -505,20 +554,21 @@ fn is_znode_path(path: &str) -> bool {
     path.starts_with('/') && !path.ends_with('/') && !path.contains("//") && !path.contains('\0')
 }
 
+/// Returns the workloads. `needs_listener`: each workload has a plaintext listener of its own, also without a `listen`.
 fn workloads(
     fields: Vec<WorkloadFields>,
     address: Option<IpAddr>,
-    explicit: bool,
+    needs_listener: bool,
     problems: &mut ProblemList,
 ) -> Vec<node::Workload> {
-    // Beyond loopback, the inbound listener is plaintext in this version, so it needs an explicit `listen`.
+    // Beyond loopback, such a listener is plaintext on the network, so it needs an explicit `listen`.
     let ip = address.filter(IpAddr::is_loopback).unwrap_or(Ipv4Addr::LOCALHOST.into());
     let mut workloads = Vec::new();
     for (index, workload) in fields.into_iter().enumerate() {
         let port = u16::try_from(index).ok().and_then(|index| INBOUND_PORT.checked_add(index));
         let listen = workload.listen.map(|socket| socket.0);
-        let listen = listen.or_else(|| port.filter(|_| explicit).map(|port| SocketAddr::new(ip, port)));
-        if explicit && listen.is_none() {
+        let listen = listen.or_else(|| port.filter(|_| needs_listener).map(|port| SocketAddr::new(ip, port)));
+        if needs_listener && listen.is_none() {
             problems.add(
                 "workloads",
                 format!("workload `{}` has no port left: give it a `listen`", workload.service),
@@ -547,6 +597,9 @@ impl Config {
         take(self.api, "`listen.api`".to_owned(), problems);
         if let Some(dns) = self.dns {
             take(dns, "`listen.dns`".to_owned(), problems);
+        }
+        if let Some(address) = self.mtls_address() {
+            take(address, "the port for mTLS".to_owned(), problems);
         }
         for workload in &self.workloads {
             let who = format!("workload `{}`", workload.service);

@@ -88,7 +88,8 @@ fn named_files(config: &Config) -> Vec<PathBuf> {
     let consul = config.registry.consul.iter().flat_map(|consul| {
         [&consul.token_file, &consul.tls.ca_file, &consul.tls.cert_file, &consul.tls.key_file]
     });
-    consul.flatten().cloned().collect()
+    let token = config.join.iter().filter_map(|join| join.token_file.as_ref());
+    consul.flatten().chain(token).cloned().collect()
 }
 
 fn unreadable(user: &str, file: &Path) -> Option<HostProblem> {

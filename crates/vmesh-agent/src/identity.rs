@@ -33,8 +33,9 @@ pub async fn envoy_version(path: &Path) -> Option<String> {
     Some(said.split_once("version: ")?.1.split('/').nth(1)?.to_owned())
 }
 
-/// Returns vmesh's part of the node's metadata. The field names are those of `vmesh_model::node`.
-pub fn metadata(config: &Config, build: &str) -> Value {
+/// Returns vmesh's part of the node's metadata. The field names are those of `vmesh_model::node`. `mtls_ready`: Envoy accepts mTLS
+/// connections of other nodes.
+pub fn metadata(config: &Config, build: &str, mtls_ready: bool) -> Value {
     let upstreams = match &config.upstreams {
         Upstreams::All => json!("*"),
         Upstreams::Declared(declared) => json!(declared),
@@ -46,12 +47,13 @@ pub fn metadata(config: &Config, build: &str) -> Value {
         "upstreams": upstreams,
         "capture": config.capture.report(),
         "build": build,
+        "mtls_ready": mtls_ready.then_some(true),
     })
 }
 
 /// Returns the `node` of the first request on every stream to a control plane.
-pub fn node(config: &Config, build: &str) -> Node {
-    let metadata = BTreeMap::from([("vmesh".to_owned(), proto_value(metadata(config, build)))]);
+pub fn node(config: &Config, build: &str, mtls_ready: bool) -> Node {
+    let metadata = BTreeMap::from([("vmesh".to_owned(), proto_value(metadata(config, build, mtls_ready)))]);
     Node {
         id: config.name.to_string(),
         cluster: cluster(config),
@@ -107,7 +109,7 @@ upstreams: [{service: payments, listen: "127.0.0.1:9001"}]
         )
         .unwrap();
         let build = "vmesh-agent/0 envoy/1";
-        let shown = serde_json::to_string_pretty(&metadata(&config, build)).unwrap();
+        let shown = serde_json::to_string_pretty(&metadata(&config, build, false)).unwrap();
         expect![[r#"
             {
               "address": "10.0.1.17",
@@ -129,11 +131,12 @@ upstreams: [{service: payments, listen: "127.0.0.1:9001"}]
                 }
               ],
               "capture": {},
-              "build": "vmesh-agent/0 envoy/1"
+              "build": "vmesh-agent/0 envoy/1",
+              "mtls_ready": null
             }"#]]
         .assert_eq(&shown);
 
-        let node = node(&config, build);
+        let node = node(&config, build, true);
         assert_eq!((node.id.as_str(), node.cluster.as_str()), ("web-17", "orders"));
         assert_eq!(node.locality.unwrap().zone, "eu-1a");
         let fields = node.metadata.unwrap().fields;
@@ -142,15 +145,16 @@ upstreams: [{service: payments, listen: "127.0.0.1:9001"}]
         let Some(Kind::ListValue(workloads)) = &vmesh.fields["workloads"].kind else { panic!("{vmesh:?}") };
         let Some(Kind::StructValue(orders)) = &workloads.values[0].kind else { panic!("{workloads:?}") };
         assert_eq!(orders.fields["port"].kind, Some(Kind::NumberValue(8080.0)));
+        assert_eq!(vmesh.fields["mtls_ready"].kind, Some(Kind::BoolValue(true)));
     }
 
     #[test]
     fn all_upstreams_are_a_star_and_what_is_unknown_is_left_out() {
         let text = b"control_plane: [\"http://127.0.0.1:1\"]\nupstreams: [\"*\"]";
         let config = Config::parse("agent.yaml", text, "web-1").unwrap();
-        let fields = node(&config, "b").metadata.unwrap().fields;
+        let fields = node(&config, "b", false).metadata.unwrap().fields;
         let Some(Kind::StructValue(vmesh)) = &fields["vmesh"].kind else { panic!("{fields:?}") };
         assert_eq!(vmesh.fields["upstreams"].kind, Some(Kind::StringValue("*".into())));
-        assert!(!vmesh.fields.contains_key("address"));
+        assert!(!vmesh.fields.contains_key("address") && !vmesh.fields.contains_key("mtls_ready"));
     }
 }

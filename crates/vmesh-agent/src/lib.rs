@@ -8,6 +8,7 @@
 //! | `report to <url>` | a change of the control plane in use            | which replicas have the report       |
 //! | `xds`             | Envoy's connections to `xds.sock`               | Envoy's requests, to `control plane` |
 //! | `cache`           | newly accepted resources, after 200 ms          | `accepted.bin`                       |
+//! | `identity`        | the age of the certificates, a 30 s timer       | `watch<NodeCredentials>`, `identity.json` |
 //! | `envoy`           | the first configuration, Envoy's exit, a timer  | `watch<EnvoyStatus>`                 |
 //! | `envoy output`    | a line that Envoy writes                        | our log                              |
 //! | `capture`         | destinations, answers of vmesh-net, a 1 s timer | `watch<CaptureStatus>`, to vmesh-net |
@@ -25,6 +26,7 @@ pub mod bootstrap;
 pub mod cache;
 pub mod capture;
 pub mod config;
+pub mod credentials;
 pub mod destinations;
 pub mod dns;
 pub mod envoy;
@@ -145,14 +147,23 @@ impl Agent {
             accepted: accepted_status,
             envoy: envoy_status,
             registered: registered.into(),
+            identity: None,
         };
         let (has_config, config_is_there) = watch::channel(false);
         let build = identity::build(identity::envoy_version(&config.envoy.path).await.as_deref());
-        let node = identity::node(&config, &build);
+        let node = relay::ReportedNode {
+            unready: identity::node(&config, &build, false),
+            ready: identity::node(&config, &build, true),
+        };
+        let identity = credentials::task::spawn(&mut tasks, &config);
+        if config.needs_identity() {
+            status_sources.identity = Some(identity.status.subscribe());
+        }
         relay::spawn(
             &mut tasks,
             &config,
             node,
+            identity,
             relay::RelayOutputs { control_plane, accepted, has_config, destinations, has_all },
         )?;
         envoy::spawn(&mut tasks, &config, envoy, config_is_there)?;

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use tracing::{error, info, warn};
 use vmesh_agent::config::{Config, EnvoyManager};
+use vmesh_agent::credentials::command::{self, TokenSource};
 use vmesh_agent::{Agent, hostcheck, identity, supervisor};
 use vmesh_daemon::report::{self, one_line};
 use vmesh_daemon::{Tasks, descriptors, logs, signals, systemd};
@@ -36,6 +37,23 @@ const DIFFERS: u8 = 3;
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
+    /// Join the mesh with a token, write the identity of this node, and exit. The agent finds it at its start, or within seconds.
+    Join {
+        /// The configuration of the agent.
+        #[arg(
+            long,
+            value_name = "FILE",
+            default_value = "/etc/vmesh/agent.yaml",
+            env = "VMESH_AGENT_CONFIG"
+        )]
+        config: PathBuf,
+        /// The file with the token. Default: `join.token_file` of the configuration.
+        #[arg(long, value_name = "FILE", conflicts_with = "stdin")]
+        token_file: Option<PathBuf>,
+        /// Read the token from standard input.
+        #[arg(long)]
+        stdin: bool,
+    },
     /// Supervise Envoy: start it, restart it after a crash, and replace it without a dropped request (SIGHUP).
     Envoy {
         /// The configuration of the agent.
@@ -62,7 +80,7 @@ fn main() -> ExitCode {
         }
     };
     let file = match &arguments.command {
-        Some(Command::Envoy { config }) => config,
+        Some(Command::Envoy { config } | Command::Join { config, .. }) => config,
         None => &arguments.config,
     };
     let config = match Config::load(file) {
@@ -90,8 +108,26 @@ fn main() -> ExitCode {
             std::mem::forget(runtime);
             code
         }
+        (Ok(runtime), Some(Command::Join { token_file, stdin, .. })) => {
+            let source = match (token_file, stdin) {
+                (Some(file), _) => TokenSource::File(file),
+                (None, true) => TokenSource::StandardInput,
+                (None, false) => TokenSource::Configured,
+            };
+            join(&runtime, &config, &source)
+        }
         (Ok(runtime), Some(Command::Envoy { config: file })) => runtime.block_on(run_envoy(&file, config)),
         (Err(error), _) => report::failed(&error),
+    }
+}
+
+fn join(runtime: &tokio::runtime::Runtime, config: &Config, source: &TokenSource) -> ExitCode {
+    match runtime.block_on(command::join(config, source)) {
+        Ok(text) => {
+            _ = writeln!(std::io::stdout(), "{text}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => report::failed(&error),
     }
 }
 
@@ -233,7 +269,8 @@ fn summary(config: &Config) -> String {
     let mut line = |name: &str, value: String| _ = writeln!(text, "{name:<14} {value}");
     line("node", config.name.to_string());
     for (index, control_plane) in config.control_planes.iter().enumerate() {
-        line(if index == 0 { "control plane" } else { "" }, control_plane.to_string());
+        let kind = if control_plane.is_tls { ", by mTLS" } else { "" };
+        line(if index == 0 { "control plane" } else { "" }, format!("{control_plane}{kind}"));
     }
     let manage = match config.envoy.manage {
         EnvoyManager::Child => "started by the agent",
@@ -245,7 +282,8 @@ fn summary(config: &Config) -> String {
         let (service, port) = (&workload.service, workload.port);
         let name = if index == 0 { "workloads" } else { "" };
         let Some(listen) = workload.listen else {
-            line(name, format!("{service} on port {port}"));
+            let mtls = config.mtls_address().map(|address| format!(", reached by mTLS at {address}"));
+            line(name, format!("{service} on port {port}{}", mtls.unwrap_or_default()));
             continue;
         };
         let beyond = if listen.ip().is_loopback() { "" } else { ", PLAINTEXT beyond this host" };

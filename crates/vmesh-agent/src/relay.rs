@@ -4,11 +4,14 @@
 //! resources that Envoy is served. [`vmesh_xds::server`] serves Envoy on `xds.sock` from what was published last, whether or not a control
 //! plane answers.
 
+mod admission;
+mod identity;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{mpsc, watch};
@@ -19,18 +22,22 @@ use vmesh_daemon::report::one_line;
 use vmesh_daemon::{Stop, Tasks, sockets};
 use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_xds::client::{AdsStream, Code};
-use vmesh_xds::server::{Admission, Admitted, AdsService, Hub, Observer, PeerInfo, Refusal, serve};
-use vmesh_xds::{ClientId, Event, Kind, Relay, Resource, Scope, SessionStatus, Store};
+use vmesh_xds::server::{AdsService, Hub, serve};
+use vmesh_xds::{ClientId, Event, Kind, Relay, Resource, Scope, Store};
 
 use crate::cache;
 use crate::config::{Config, ControlPlane};
+use crate::credentials::client::connect_ads;
+use crate::credentials::secrets::SecretReaders;
 use crate::destinations::{self, DestinationTracker, Destinations};
 use crate::ipv4_only::ipv4_only;
 use crate::reports;
 use crate::status::{AcceptedStatus, ControlPlaneStatus};
+use admission::{DownstreamEvent, EnvoyAdmission};
+pub use identity::RelayIdentity;
+use identity::SecretServer;
 use vmesh_backoff::{Backoff, jitter, shuffle};
 
-const CONNECTS_WITHIN: Duration = Duration::from_secs(5);
 /// Timeout for sending a request. A control plane that takes longer is given up.
 const SENDS_WITHIN: Duration = Duration::from_secs(5);
 /// A stream that lasted this long resets the back-off, whatever ended it.
@@ -58,6 +65,9 @@ const REFUSED_SHOWN: usize = 100;
 /// Reason for closing a stream on which the control plane was told of a rejection that is over.
 const RECOVERED: &str = "Envoy has accepted what it had rejected, which only a new stream can report";
 
+/// Reason for closing a stream on which the control plane was told otherwise.
+const READINESS: &str = "the node's readiness for mTLS has changed, which only a new stream can report";
+
 /// The class of the only node of this hub.
 const CLASS: &str = "";
 
@@ -81,17 +91,32 @@ pub struct RelayOutputs {
     pub has_all: watch::Sender<bool>,
 }
 
+/// The node as it is reported to control planes.
+#[derive(Debug, Clone)]
+pub struct ReportedNode {
+    pub unready: Node,
+    /// The node as it is reported while its Envoy accepts mTLS connections.
+    pub ready: Node,
+}
+
+impl ReportedNode {
+    fn node(&self, is_mtls_ready: bool) -> Node {
+        if is_mtls_ready { self.ready.clone() } else { self.unready.clone() }
+    }
+}
+
 pub fn spawn(
     tasks: &mut Tasks,
     config: &Config,
-    node: Node,
+    node: ReportedNode,
+    identity: RelayIdentity,
     published: RelayOutputs,
 ) -> Result<(), RelayError> {
     // The lock on the run directory excludes another agent. Envoy may run as another user, and gets access by the directory's group.
     let path = config.xds_socket();
     let listener = sockets::listen(&path).map_err(|cause| RelayError { path, cause })?;
     let ipv6 = !config.capture.report().without_ipv6;
-    let mut relay = restore(config, ipv6, node.clone(), &published.accepted);
+    let mut relay = restore(config, ipv6, node.unready.clone(), &published.accepted);
     if config.capture.outbound() {
         relay.subscribe_local(|resource| destinations::decode(resource).map(drop));
     }
@@ -104,7 +129,17 @@ pub fn spawn(
     published.has_all.send_replace(is_complete(&relay));
     let hub = Hub::new();
     let (events, downstream) = mpsc::unbounded_channel();
-    let admission = EnvoyAdmission { hub: hub.clone(), events, streams: AtomicU64::new(0) };
+    let (with_secrets, seen_with_secrets) = watch::channel(Arc::new(Scope::all()));
+    let secrets = SecretServer::new(identity, with_secrets, &relay);
+    let (reported, to_report) = watch::channel(node.node(secrets.is_ready()));
+    relay.set_node(node.node(secrets.is_ready()));
+    let admission = EnvoyAdmission {
+        hub: hub.clone(),
+        events,
+        streams: AtomicU64::new(0),
+        readers: SecretReaders::of(config),
+        with_secrets: seen_with_secrets,
+    };
     let service = AdsService::new(hub.clone(), admission, crate::identity::build(None));
     // Dropped at the stop, after Envoy has drained.
     tasks.spawn("xds", serve(listener, service, std::future::pending()));
@@ -116,7 +151,12 @@ pub fn spawn(
 
     if config.control_planes.len() > 1 {
         for replica in &config.control_planes {
-            let report = reports::report(replica.clone(), node.clone(), published.control_plane.clone());
+            let report = reports::report(
+                replica.clone(),
+                to_report.clone(),
+                secrets.credentials().clone(),
+                published.control_plane.clone(),
+            );
             tasks.spawn(format!("report to {replica}"), report);
         }
     }
@@ -141,6 +181,10 @@ pub fn spawn(
             complete_at: None,
             confirm_at: None,
             tracker,
+            secrets,
+            node,
+            reported,
+            must_report: false,
             stop,
         };
         driver.run(replicas)
@@ -239,52 +283,6 @@ async fn save(
     }
 }
 
-/// An event on one of Envoy's xDS streams, with the number of the stream.
-enum DownstreamEvent {
-    Connected(u64),
-    Event(u64, Event),
-    Disconnected(u64),
-}
-
-/// Admits every client: the mode of the socket decides who may connect.
-struct EnvoyAdmission {
-    hub: Hub,
-    events: mpsc::UnboundedSender<DownstreamEvent>,
-    streams: AtomicU64,
-}
-
-impl Admission for EnvoyAdmission {
-    fn admit(&self, _: &Node, _: &PeerInfo) -> Result<Admitted, Refusal> {
-        let number = self.streams.fetch_add(1, Ordering::Relaxed);
-        _ = self.events.send(DownstreamEvent::Connected(number));
-        let feed = self.hub.subscribe(CLASS, Arc::new(Scope::all()));
-        Ok(Admitted { feed, observer: Box::new(EnvoyObserver { number, events: self.events.clone() }) })
-    }
-}
-
-struct EnvoyObserver {
-    number: u64,
-    events: mpsc::UnboundedSender<DownstreamEvent>,
-}
-
-impl Observer for EnvoyObserver {
-    fn on_status(&mut self, _: &SessionStatus) {}
-
-    fn on_event(&mut self, event: Event) {
-        _ = self.events.send(DownstreamEvent::Event(self.number, event));
-    }
-
-    fn wants_events(&self) -> bool {
-        true
-    }
-}
-
-impl Drop for EnvoyObserver {
-    fn drop(&mut self) {
-        _ = self.events.send(DownstreamEvent::Disconnected(self.number));
-    }
-}
-
 /// The daemon was told to stop.
 struct StopRequested;
 
@@ -338,6 +336,12 @@ struct RelayDriver {
     confirm_at: Option<Instant>,
     /// Set if outbound connections are captured; otherwise nothing uses destinations.
     tracker: Option<DestinationTracker>,
+    secrets: SecretServer,
+    node: ReportedNode,
+    /// Publishes the node for the replicas that are not in use.
+    reported: watch::Sender<Node>,
+    /// True if the replica in use does not know of a change of the node, which only a new stream can report.
+    must_report: bool,
     stop: Stop,
 }
 
@@ -348,6 +352,9 @@ impl RelayDriver {
         let mut backoff = Backoff::decorrelated(Duration::from_millis(200), Duration::from_secs(5));
         let mut failures = 0;
         for replica in replicas.iter().cycle() {
+            if replica.is_tls && self.wait_for_identity(replica).await.is_err() {
+                break;
+            }
             let began = Instant::now();
             let Ok(why) = self.run_stream(replica).await else { break };
             if began.elapsed() >= LASTING {
@@ -372,8 +379,21 @@ impl RelayDriver {
         }
     }
 
+    /// Waits until this node has a certificate to show to a control plane.
+    async fn wait_for_identity(&mut self, replica: &ControlPlane) -> Result<(), StopRequested> {
+        let mut credentials = self.secrets.credentials().clone();
+        if credentials.borrow().is_some() {
+            return Ok(());
+        }
+        self.published.control_plane.send_modify(|status| {
+            status.since.get_or_insert_with(SystemTime::now);
+            status.reason = Some(format!("{replica}: this node has no identity yet, see `identity`"));
+        });
+        self.while_serving(async move { _ = credentials.wait_for(Option::is_some).await }).await
+    }
+
     fn report_disconnect(&self, replica: &ControlPlane, why: String, news: bool) {
-        if why == CLOSED_FOR_AGE || why == RECOVERED {
+        if why == CLOSED_FOR_AGE || why == RECOVERED || why == READINESS {
             debug!(control_plane = %replica, "opening a new stream: {why}");
         } else if news {
             warn!(control_plane = %replica, "lost the configuration stream: {why}");
@@ -390,12 +410,12 @@ impl RelayDriver {
 
     /// Takes configuration from `replica` until the stream ends, and returns why it ended.
     async fn run_stream(&mut self, replica: &ControlPlane) -> Result<String, StopRequested> {
-        let url = replica.to_string();
-        let mut stream = match self.while_serving(timeout(CONNECTS_WITHIN, AdsStream::connect(&url))).await? {
-            Ok(Ok(stream)) => stream,
-            Ok(Err(error)) => return Ok(format!("could not connect: {error}")),
-            Err(_) => return Ok(format!("no connection within {} s", CONNECTS_WITHIN.as_secs())),
+        let credentials = self.secrets.credentials().clone();
+        let mut stream = match self.while_serving(connect_ads(replica, &credentials)).await? {
+            Ok(stream) => stream,
+            Err(error) => return Ok(format!("could not connect: {error}")),
         };
+        self.must_report = false;
         self.relay.on_connected();
         let ended = self.exchange(replica, &mut stream).await;
         self.relay.on_disconnected();
@@ -447,6 +467,9 @@ impl RelayDriver {
             if self.relay.take_recovered() {
                 // xDS has no way to withdraw the earlier NACK on the same stream.
                 return Ok(RECOVERED.to_owned());
+            }
+            if self.must_report {
+                return Ok(READINESS.to_owned());
             }
         }
     }
@@ -515,6 +538,7 @@ impl RelayDriver {
                     next = self.downstream.try_recv().ok();
                 }
             }
+            () = self.secrets.credentials_changed() => self.secrets.serve_credentials(&self.hub),
             () = timer => self.on_timer(Instant::now()),
         }
         self.publish_changes();
@@ -523,10 +547,12 @@ impl RelayDriver {
 
     fn on_downstream_event(&mut self, events: DownstreamEvent) {
         match events {
-            DownstreamEvent::Connected(number) => {
-                _ = self.clients.insert(number, self.relay.on_client_connected())
+            DownstreamEvent::Connected(number, feed) => {
+                self.secrets.on_connected(number, feed, &self.hub);
+                self.clients.insert(number, self.relay.on_client_connected());
             }
             DownstreamEvent::Disconnected(number) => {
+                self.secrets.on_disconnected(number);
                 if let Some(client) = self.clients.remove(&number) {
                     self.relay.on_client_disconnected(client);
                 }
@@ -549,6 +575,7 @@ impl RelayDriver {
                         status.last_rejected = Some(SystemTime::now());
                     });
                 }
+                self.secrets.on_event(number, &event);
                 if let Some(client) = self.clients.get(&number) {
                     self.relay.on_client_event(*client, event);
                 }
@@ -583,9 +610,9 @@ impl RelayDriver {
 
     /// Publishes every consequence of the preceding calls to the relay.
     fn publish_changes(&mut self) {
-        let refused: Vec<_> = self
-            .relay
-            .rejections()
+        let secrets = self.secrets.rejections().map(|(name, reason)| (Kind::Secret, name, reason));
+        let refused: Vec<_> = secrets
+            .chain(self.relay.rejections())
             .take(REFUSED_SHOWN)
             .map(|(kind, name, reason)| format!("{kind} {name}: {reason}"))
             .collect();
@@ -596,6 +623,12 @@ impl RelayDriver {
         });
         self.retry_at = self.relay.on_timeout(Instant::now().into_std());
         self.publish();
+        if self.secrets.update_readiness(&self.relay) {
+            let node = self.node.node(self.secrets.is_ready());
+            self.relay.set_node(node.clone());
+            self.reported.send_replace(node);
+            self.must_report = true;
+        }
         if self.relay.accepted_revision() != self.revision {
             self.revision = self.relay.accepted_revision();
             self.publish_destinations();

@@ -10,30 +10,38 @@ use tokio::time::{sleep, timeout};
 use tracing::debug;
 use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::envoy::service::discovery::v3::DeltaDiscoveryRequest;
-use vmesh_xds::client::AdsStream;
 
 use crate::config::ControlPlane;
+use crate::credentials::CredentialsReceiver;
+use crate::credentials::client::connect_ads;
 use crate::status::ControlPlaneStatus;
 use vmesh_backoff::Backoff;
 
 /// The type URL of the request. No resource has this type: a server that does not know it counts the request and keeps the stream.
 pub(crate) const TYPE_URL: &str = "type.googleapis.com/vmesh.NodeReport";
 
-const CONNECTS_WITHIN: Duration = Duration::from_secs(5);
+const OPENS_WITHIN: Duration = Duration::from_secs(5);
 
-/// Keeps a report stream open to `replica` while the configuration comes from another replica.
-pub(crate) async fn report(replica: ControlPlane, node: Node, status: watch::Sender<ControlPlaneStatus>) {
+/// Keeps a report stream open to `replica` while the configuration comes from another replica. A change of the node opens another stream.
+pub(crate) async fn report(
+    replica: ControlPlane,
+    mut node: watch::Receiver<Node>,
+    mut credentials: CredentialsReceiver,
+    status: watch::Sender<ControlPlaneStatus>,
+) {
     let name = replica.to_string();
     let mut in_use = status.subscribe();
     let mut backoff = Backoff::decorrelated(Duration::from_millis(200), Duration::from_secs(10));
     loop {
         // The replica in use has the report from the configuration stream.
         let elsewhere = in_use.wait_for(|status| status.in_use.as_ref() != Some(&name)).await.is_ok();
-        if !elsewhere {
+        let has_identity = !replica.is_tls || credentials.wait_for(Option::is_some).await.is_ok();
+        if !elsewhere || !has_identity {
             return;
         }
+        let reported = node.borrow_and_update().clone();
         tokio::select! {
-            ended = stream(&replica, node.clone(), || {
+            ended = stream(&replica, reported, &credentials, || {
                 backoff.reset();
                 set(&status, &name, Some(true));
             }) => debug!(control_plane = name, "the report's stream ended: {ended}"),
@@ -44,6 +52,7 @@ pub(crate) async fn report(replica: ControlPlane, node: Node, status: watch::Sen
                 set(&status, &name, None);
                 continue;
             }
+            Ok(()) = node.changed() => continue,
         }
         set(&status, &name, Some(false));
         sleep(backoff.next_pause()).await;
@@ -59,11 +68,15 @@ fn set(status: &watch::Sender<ControlPlaneStatus>, name: &str, reported: Option<
 }
 
 /// Runs one stream until it ends, and returns why it ended.
-async fn stream(replica: &ControlPlane, node: Node, open: impl FnOnce()) -> String {
-    let mut stream = match timeout(CONNECTS_WITHIN, AdsStream::connect(&replica.to_string())).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => return error.to_string(),
-        Err(_) => return format!("no connection within {} s", CONNECTS_WITHIN.as_secs()),
+async fn stream(
+    replica: &ControlPlane,
+    node: Node,
+    credentials: &CredentialsReceiver,
+    open: impl FnOnce(),
+) -> String {
+    let mut stream = match connect_ads(replica, credentials).await {
+        Ok(stream) => stream,
+        Err(error) => return error.to_string(),
     };
     let request = DeltaDiscoveryRequest {
         node: Some(node),
@@ -73,10 +86,10 @@ async fn stream(replica: &ControlPlane, node: Node, open: impl FnOnce()) -> Stri
     if let Err(failure) = stream.send(&request).await {
         return failure.to_string();
     }
-    match timeout(CONNECTS_WITHIN, stream.opened()).await {
+    match timeout(OPENS_WITHIN, stream.opened()).await {
         Ok(Ok(())) => open(),
         Ok(Err(failure)) => return failure.to_string(),
-        Err(_) => return format!("no answer within {} s", CONNECTS_WITHIN.as_secs()),
+        Err(_) => return format!("no answer within {} s", OPENS_WITHIN.as_secs()),
     }
     loop {
         // No answer is expected, but the server may send one.

@@ -30,6 +30,8 @@ use vmesh_dns::Zone;
 use vmesh_dns::server::Counts;
 
 use crate::capture;
+use crate::credentials;
+use crate::credentials::status::IdentityStatus;
 use crate::destinations::Destinations;
 use crate::dns;
 use crate::envoy;
@@ -90,6 +92,8 @@ pub struct StatusSources {
     pub queries: Arc<Counts>,
     /// One channel for each workload and registry.
     pub registered: Arc<[watch::Receiver<RegistrationStatus>]>,
+    /// The identity of this node, if its configuration needs one.
+    pub identity: Option<watch::Receiver<IdentityStatus>>,
 }
 
 impl StatusSources {
@@ -178,6 +182,7 @@ async fn status(State(sources): State<StatusSources>) -> Json<serde_json::Value>
         "accepted": sources.accepted_now(),
         "envoy": *sources.envoy.borrow(),
         "capture": *sources.capture.borrow(),
+        "identity": sources.identity.as_ref().map(|identity| identity.borrow().clone()),
         "listen": {
             "api": *sources.api.borrow(),
             "dns": sources.dns.as_ref().map(|dns| dns.borrow().clone()),
@@ -254,6 +259,8 @@ impl Collector for StatusSources {
         let queries = count(&self.queries.udp) + count(&self.queries.tcp);
         counter("vmesh_agent_dns_queries", "Questions for names", queries)?;
         counter("vmesh_agent_dns_dropped", "Questions that got no answer", count(&self.queries.dropped))?;
+        let identity = self.identity.as_ref().map(|identity| identity.borrow().clone());
+        credentials::status::encode(identity.as_ref(), &mut encoder)?;
         let help = "Resources that Envoy accepted";
         let mut family =
             encoder.encode_descriptor("vmesh_agent_accepted_resources", help, None, MetricType::Gauge)?;

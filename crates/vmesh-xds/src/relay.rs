@@ -22,6 +22,9 @@ use vmesh_proto::envoy::config::core::v3::Node;
 /// [accepted](Relay::accepted): an agent that saves them can restart from them and serve Envoy without any
 /// control plane.
 ///
+/// [`Kind::Secret`] is not relayed: no subscription to a secret goes to the control plane, and no secret is in the store. An owner
+/// that has secrets serves them to its clients as [their own](crate::Scope::with_own).
+///
 /// Towards the control plane the methods are called in the order of a [`Subscriber`]:
 /// [`on_connected`](Relay::on_connected), [`poll_request`](Relay::poll_request) until it returns `None`,
 /// [`on_response`](Relay::on_response), [`on_disconnected`](Relay::on_disconnected). Towards Envoy each stream
@@ -86,6 +89,9 @@ impl Relay {
         let mut changes = Vec::new();
         for resource in accepted {
             let kind = resource.kind();
+            if kind == Kind::Secret {
+                continue;
+            }
             if !kind.has_wildcard() && !resource.is_absent() {
                 relay.upstream.subscribe(kind, resource.name().clone());
             }

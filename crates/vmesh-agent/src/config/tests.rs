@@ -79,13 +79,50 @@ fn capture_that_is_off_reports_nothing() {
 }
 
 #[test]
-fn what_this_version_cannot_do_is_refused_with_what_it_can() {
+fn a_control_plane_without_a_scheme_is_reached_by_mtls_and_a_node_with_mtls_has_no_plaintext_listener() {
+    let config = parse(
+        "control_plane: [\"mesh1.example:15012\", \"[::1]:15012\"]\njoin: {token_file: /etc/vmesh/token}\n\
+         node: {address: 10.0.1.17}\nworkloads: [{service: web, port: 80}, {service: api, port: 81, listen: \"10.0.1.17:82\"}]\n\
+         upstreams: [{service: payments, listen: \"127.0.0.1:9001\", as: web}]",
+    )
+    .unwrap();
+    assert_eq!(config.control_planes[0].to_string(), "mesh1.example:15012");
+    assert!(config.control_planes.iter().all(|control_plane| control_plane.is_tls));
+    assert_eq!(config.join.as_ref().unwrap().token_file.as_deref(), Some(Path::new("/etc/vmesh/token")));
+    assert_eq!(config.token_path().unwrap(), Path::new("/etc/vmesh/token"));
+    assert_eq!(config.workloads[0].listen, None);
+    assert_eq!(config.workloads[1].listen.unwrap().to_string(), "10.0.1.17:82");
+    assert_eq!(config.mtls_address().unwrap().to_string(), "10.0.1.17:15008");
+    let Upstreams::Declared(upstreams) = &config.upstreams else { panic!() };
+    assert_eq!(upstreams[0].as_.as_ref().unwrap().as_str(), "web");
+    assert_eq!(parse(SMALL).unwrap().mtls_address(), None);
+}
+
+#[test]
+fn what_contradicts_mtls_is_refused() {
     refused(
-        "control_plane: [\"mesh1.example:15012\"]",
+        &format!("{SMALL}join: {{}}"),
         expect![[
-            r#"agent.yaml:1:17: `control_plane`: `mesh1.example:15012`: TLS to the control plane comes with a later version; write http:// for a loopback control plane, as "http://127.0.0.1:15010""#
+            r#"agent.yaml: `join` needs control planes with mTLS: write `control_plane` without http://, as "mesh1.example:15012""#
         ]],
     );
+    refused(
+        "control_plane: [\"mesh1:15012\", \"http://127.0.0.1:15010\"]\nnode: {address: 10.0.1.17}\n\
+         workloads: [{service: web, port: 80, listen: \"10.0.1.17:15008\"}]",
+        expect![[r#"
+            agent.yaml: `control_plane` has entries with mTLS and entries with http://: this node has an identity at all replicas, or at none
+            agent.yaml: the port for mTLS and workload `web` both listen on 10.0.1.17:15008"#]],
+    );
+    refused(
+        "control_plane: [\"https://mesh1:15012\", {address: \"mesh1:15012\", insecure: true}]",
+        expect![[r#"
+            agent.yaml:1:17: `control_plane`: `https://mesh1:15012`: write a host and a port for mTLS, as "mesh1.example:15012", or http:// for plaintext
+            agent.yaml:1:40: `control_plane`: `mesh1:15012` is reached by mTLS: `insecure` is for http://"#]],
+    );
+}
+
+#[test]
+fn plaintext_beyond_this_host_is_refused_with_the_way_to_have_it() {
     refused(
         "control_plane: [\"http://10.0.0.5:15010\"]",
         expect![[

@@ -48,17 +48,20 @@ impl FromStr for ControlPlane {
     type Err = String;
 
     fn from_str(text: &str) -> Result<ControlPlane, String> {
-        let Some(address) = text.strip_prefix("http://") else {
-            return Err(format!(
-                "`{text}`: TLS to the control plane comes with a later version; write http:// for a loopback control \
-                 plane, as \"http://127.0.0.1:15010\""
-            ));
+        let (address, is_tls) = match text.strip_prefix("http://") {
+            Some(address) => (address.trim_end_matches('/'), false),
+            None => (text, true),
         };
-        let address: Address = address.trim_end_matches('/').parse()?;
+        if address.contains("://") {
+            return Err(format!(
+                "`{text}`: write a host and a port for mTLS, as \"mesh1.example:15012\", or http:// for plaintext"
+            ));
+        }
+        let address: Address = address.parse()?;
         if let Host::Ip(ip) = address.host {
             vmesh_model::endpoint::dialable(ip)?;
         }
-        Ok(ControlPlane { address })
+        Ok(ControlPlane { address, is_tls })
     }
 }
 
@@ -71,7 +74,7 @@ impl ControlPlane {
     }
 }
 
-/// Reads `"http://127.0.0.1:15010"`, or `{address: "http://10.0.0.5:15010", insecure: true}`.
+/// Reads `"mesh1.example:15012"`, `"http://127.0.0.1:15010"`, or `{address: "http://10.0.0.5:15010", insecure: true}`.
 impl<'de> Deserialize<'de> for ControlPlane {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
@@ -88,22 +91,27 @@ impl<'de> Deserialize<'de> for ControlPlane {
             type Value = ControlPlane;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("the address of a control plane, as \"http://127.0.0.1:15010\"")
+                f.write_str(
+                    "the address of a control plane, as \"mesh1.example:15012\" (mTLS) or \"http://127.0.0.1:15010\"",
+                )
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<ControlPlane, E> {
-                plaintext(text, false)
+                checked(text, false)
             }
 
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<ControlPlane, A::Error> {
                 let full = ControlPlaneFields::deserialize(MapAccessDeserializer::new(map))?;
-                plaintext(&full.address, full.insecure)
+                checked(&full.address, full.insecure)
             }
         }
 
-        fn plaintext<E: de::Error>(text: &str, insecure: bool) -> Result<ControlPlane, E> {
+        fn checked<E: de::Error>(text: &str, insecure: bool) -> Result<ControlPlane, E> {
             let control_plane: ControlPlane = text.parse().map_err(E::custom)?;
-            if !control_plane.is_loopback() && !insecure {
+            if control_plane.is_tls && insecure {
+                return Err(E::custom(format!("`{text}` is reached by mTLS: `insecure` is for http://")));
+            }
+            if !control_plane.is_tls && !control_plane.is_loopback() && !insecure {
                 return Err(E::custom(format!(
                     "`{text}` is plaintext and leaves this host: anybody on the way can read and change the \
                      configuration. If that is acceptable, write {{address: \"{text}\", insecure: true}}"
@@ -124,6 +132,8 @@ impl<'de> Deserialize<'de> for UpstreamEntry {
         struct UpstreamFields {
             service: ServiceName,
             listen: Option<ListenAddress>,
+            #[serde(rename = "as")]
+            as_: Option<ServiceName>,
         }
 
         struct UpstreamVisitor;
@@ -150,7 +160,7 @@ impl<'de> Deserialize<'de> for UpstreamEntry {
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<UpstreamEntry, A::Error> {
                 let full = UpstreamFields::deserialize(MapAccessDeserializer::new(map))?;
                 let listen = full.listen.map(|socket| socket.0);
-                Ok(UpstreamEntry::Service(Upstream { service: full.service, listen, as_: None }))
+                Ok(UpstreamEntry::Service(Upstream { service: full.service, listen, as_: full.as_ }))
             }
         }
 

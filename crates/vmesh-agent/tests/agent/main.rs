@@ -7,6 +7,8 @@ mod envoy;
 #[cfg(test)]
 mod fixture;
 #[cfg(test)]
+mod identity;
+#[cfg(test)]
 mod relay;
 #[cfg(test)]
 mod supervisor;

@@ -41,6 +41,8 @@ impl Relay {
     /// Processes an event of the session that serves this client.
     pub fn on_client_event(&mut self, client: ClientId, event: Event) {
         match event {
+            // Secrets are the owner's matter.
+            event if event.kind() == Kind::Secret => {}
             // Sessions never serve `Kind::Local`, so subscriptions to it are not passed on.
             Event::Subscribed { kind: Kind::Local, .. } | Event::Unsubscribed { kind: Kind::Local, .. } => {}
             Event::Subscribed { kind, name } => {

@@ -397,6 +397,39 @@ fn what_only_an_earlier_envoy_asked_for_is_left_when_the_next_one_has_its_listen
 }
 
 #[test]
+fn no_secret_goes_through_a_relay() {
+    let mut chain = Chain::new("cluster a=1 secret s=1");
+    chain.control_starts();
+    chain.envoy_starts();
+    chain.relay_got();
+    chain.subscribe(Secret, &["s"]);
+    assert!(!chain.envoy_got().contains("secret") && !chain.relay_got().contains("secret"));
+    chain.relay.stop_waiting();
+    chain.run();
+    assert_eq!(chain.envoy_got(), "", "the absence of a secret is not announced");
+
+    // A control plane that sends one nevertheless is refused, and a file that has one is read without it.
+    let secret = vmesh_proto::envoy::service::discovery::v3::Resource {
+        name: "s".into(),
+        resource: Some(vmesh_proto::google::protobuf::Any {
+            type_url: Secret.type_url().into(),
+            value: "s=1".into(),
+        }),
+        ..Default::default()
+    };
+    chain.relay.on_response(DeltaDiscoveryResponse {
+        type_url: Secret.type_url().into(),
+        nonce: "7".into(),
+        resources: vec![secret],
+        ..Default::default()
+    });
+    assert!(chain.relay.poll_request().unwrap().error_detail.is_some());
+    let restored = Relay::restore(node(), [resource(Secret, "s", "1"), resource(Cluster, "a", "1")]);
+    assert_eq!(restored.accepted().count(), 1);
+    assert!(restored.store().get(Secret, "s").is_none());
+}
+
+#[test]
 fn a_filter_is_subscribed_to_when_envoy_asks_for_it_and_is_part_of_what_it_accepted() {
     let world = "cluster a=1 filter f=1 g=1 listener l=1";
     let mut chain = Chain::new(world);

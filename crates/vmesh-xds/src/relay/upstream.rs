@@ -8,6 +8,9 @@ use std::sync::Arc;
 use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
+/// The reason for rejecting resources of a kind that the relay did not ask for.
+const NOT_SUBSCRIBED: &str = "the client has no subscription to this type";
+
 impl Relay {
     pub fn set_node(&mut self, node: Node) {
         self.upstream.set_node(node);
@@ -57,8 +60,10 @@ impl Relay {
     /// Puts a response into the store and answers it, as far as Envoy has answered for its resources.
     pub fn on_response(&mut self, response: DeltaDiscoveryResponse) {
         let Some(update) = self.upstream.on_response(response) else { return };
-        if update.ticket.kind() == Kind::Local {
-            return self.on_local(update);
+        match update.ticket.kind() {
+            Kind::Local => return self.on_local(update),
+            Kind::Secret => return self.upstream.reject(update.ticket, NOT_SUBSCRIBED),
+            Kind::Cluster | Kind::Endpoint | Kind::ExtensionConfig | Kind::Listener | Kind::Route => {}
         }
         let Update { ticket, resources, removed } = update;
         let kind = ticket.kind();
@@ -149,8 +154,7 @@ impl Relay {
                 true => removal_of(kind, &name),
                 false => upsert(Resource::absent(kind, name.clone())),
             });
-            // Sessions never announce the removal of a secret to Envoy (R30).
-            if served && kind != Kind::Secret {
+            if served {
                 entry.waiting.insert(name, None);
             } else {
                 self.accept_removal(kind, &name);
@@ -163,7 +167,7 @@ impl Relay {
     /// of that name stays.
     fn on_local(&mut self, Update { ticket, resources, removed }: Update) {
         let Some(check) = self.check_local else {
-            return self.upstream.reject(ticket, "the client has no subscription to this type");
+            return self.upstream.reject(ticket, NOT_SUBSCRIBED);
         };
         let (mut reasons, mut refusals) = (Vec::new(), Vec::new());
         for resource in resources {

@@ -110,6 +110,19 @@ pub enum Event {
     },
 }
 
+impl Event {
+    pub fn kind(&self) -> Kind {
+        match self {
+            Event::Subscribed { kind, .. }
+            | Event::Unsubscribed { kind, .. }
+            | Event::Accepted { kind, .. }
+            | Event::RemovalRejected { kind, .. }
+            | Event::Settled { kind, .. } => *kind,
+            Event::Rejected { resource, .. } => resource.kind(),
+        }
+    }
+}
+
 impl Session {
     /// Makes a session for the delta variant. `control_plane` names this instance and its build; Envoy shows it
     /// (R64).
