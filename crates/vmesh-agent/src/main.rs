@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
+use rustix::process::{Resource, Rlimit, setrlimit};
 use tracing::{error, info, warn};
 use vmesh_agent::config::{Config, EnvoyManager};
 use vmesh_agent::credentials::command::{self, TokenSource};
@@ -96,6 +97,9 @@ fn main() -> ExitCode {
     if let Err(error) = logs::init(config.log.as_deref()) {
         return report::refused(&error);
     }
+    if config.needs_identity() {
+        forbid_core_dumps();
+    }
     // Each connection through Envoy takes two file descriptors, and Envoy as a child inherits the limit.
     descriptors::raise_limit();
     // One thread suffices: the agent only passes messages on, and each further thread costs memory on every host of the fleet.
@@ -118,6 +122,15 @@ fn main() -> ExitCode {
         }
         (Ok(runtime), Some(Command::Envoy { config: file })) => runtime.block_on(run_envoy(&file, config)),
         (Err(error), _) => report::failed(&error),
+    }
+}
+
+/// Keeps keys out of core dumps: those of this process, and those of an Envoy that this process starts.
+fn forbid_core_dumps() {
+    // With a limit of 1 the kernel starts no program for core dumps either (core(5)).
+    let limit = Rlimit { current: Some(1), maximum: Some(1) };
+    if let Err(error) = setrlimit(Resource::Core, limit) {
+        warn!("could not turn off core dumps, which may contain keys: {error}");
     }
 }
 

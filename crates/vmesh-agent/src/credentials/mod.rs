@@ -24,6 +24,8 @@ pub mod secrets;
 pub mod status;
 pub mod store;
 pub mod task;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod token;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -42,8 +44,8 @@ use crate::config::Config;
 /// Publishes the credentials of this node to those who use them. `None`: this node has no identity yet.
 pub type CredentialsReceiver = watch::Receiver<Option<Arc<NodeCredentials>>>;
 
-/// The most services whose certificates a node asks for: a request for them has less than 64 KiB.
-pub const MAX_SERVICES: usize = 100;
+/// The most services whose certificates a node asks for, which is the most that a control plane issues for one request.
+pub const MAX_SERVICES: usize = 64;
 
 /// A key, and the chain of its certificate.
 #[derive(Debug)]

@@ -162,43 +162,13 @@ impl TakenSecrets {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
-    use std::time::SystemTime;
+    use std::collections::BTreeSet;
 
     use prost::Message;
-    use vmesh_identity::{Identity, Issuer, Key, Lifetimes, Root, SpiffeId, Subject, TrustDomain};
+    use vmesh_identity::Key;
 
+    use super::super::testing::credentials;
     use super::*;
-
-    fn issuer() -> Issuer {
-        let trust_domain: TrustDomain = "mesh.example".parse().unwrap();
-        let root = Root::generate(&trust_domain, SystemTime::now(), &Lifetimes::default()).unwrap();
-        root.issue_intermediate("mesh1", SystemTime::now(), &Lifetimes::default()).unwrap()
-    }
-
-    fn credential(issuer: &Issuer, identity: Identity) -> Arc<Credential> {
-        let id: SpiffeId = issuer.trust_domain().id(identity);
-        let key = Key::generate().unwrap();
-        let request = key.request().unwrap();
-        let chain =
-            issuer.issue(&request, &Subject::from(id.clone()), SystemTime::now(), &Lifetimes::default());
-        Arc::new(Credential::new(id, key, &chain.unwrap().to_pem()).unwrap())
-    }
-
-    fn credentials(services: &[&str], granted: &[&str]) -> NodeCredentials {
-        let issuer = issuer();
-        let name = |name: &&str| name.parse::<ServiceName>().unwrap();
-        let of_service =
-            |service: ServiceName| (service.clone(), credential(&issuer, Identity::Service(service)));
-        NodeCredentials {
-            trust_domain: issuer.trust_domain().clone(),
-            bundle: issuer.bundle().unwrap(),
-            granted: granted.iter().map(name).collect(),
-            node: credential(&issuer, Identity::Node("web-1".parse().unwrap())),
-            services: services.iter().map(name).map(of_service).collect::<BTreeMap<_, _>>(),
-            issued: SystemTime::now(),
-        }
-    }
 
     fn configured(workloads: &[&str]) -> ConfiguredServices {
         ConfiguredServices {

@@ -225,3 +225,87 @@ fn read(saved: &SavedIdentity) -> Result<NodeCredentials, Defect> {
         issued: UNIX_EPOCH.checked_add(Duration::from_secs(saved.issued)).unwrap_or(SystemTime::UNIX_EPOCH),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use vmesh_daemon::report::one_line;
+
+    use super::super::testing::credentials;
+    use super::*;
+
+    fn store() -> (vmesh_testkit::TempDir, CredentialStore, NodeName) {
+        let dir = vmesh_testkit::tempdir().unwrap();
+        let store = CredentialStore::new(&dir);
+        store.open().unwrap();
+        (dir, store, "web-1".parse().unwrap())
+    }
+
+    #[test]
+    fn an_identity_is_loaded_as_it_was_saved_and_is_for_its_owner_alone() {
+        let (dir, store, node) = store();
+        assert!(store.load(&node).unwrap().is_none());
+        let credentials = credentials(&["orders", "web"], &["orders", "web", "batch"]);
+        store.save(&node, &credentials).unwrap();
+        let loaded = store.load(&node).unwrap().unwrap();
+        assert_eq!(loaded.bundle, credentials.bundle);
+        assert_eq!(loaded.granted, credentials.granted);
+        assert_eq!(loaded.node.id, credentials.node.id);
+        assert_eq!(loaded.node.key.public_hash(), credentials.node.key.public_hash());
+        assert_eq!(
+            loaded.services.keys().collect::<Vec<_>>(),
+            credentials.services.keys().collect::<Vec<_>>()
+        );
+        let age = credentials.issued.duration_since(loaded.issued).unwrap();
+        assert!(age < Duration::from_secs(1), "{age:?}");
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&store.file()), mode(&dir.join("identity"))), (0o600, 0o700));
+    }
+
+    #[test]
+    fn a_damaged_identity_and_one_of_another_node_are_refused_with_what_to_do_and_without_a_key() {
+        let (_dir, store, node) = store();
+        store.save(&node, &credentials(&["web"], &["web"])).unwrap();
+        let other = store.load(&"web-2".parse().unwrap()).unwrap_err();
+        let text = one_line(&other);
+        assert!(text.contains("of the node `web-1`, and this is `web-2`"), "{text}");
+
+        let whole = std::fs::read_to_string(store.file()).unwrap();
+        let half = whole[..whole.len() / 2].to_owned();
+        let other_chain = {
+            let mut saved: serde_json::Value = serde_json::from_str(&whole).unwrap();
+            saved["certificate"]["chain"] = saved["services"]["web"]["chain"].clone();
+            saved.to_string()
+        };
+        let other_key = {
+            let mut saved: serde_json::Value = serde_json::from_str(&whole).unwrap();
+            saved["certificate"]["key"] = saved["services"]["web"]["key"].clone();
+            saved.to_string()
+        };
+        let no_key = whole.replace("BEGIN PRIVATE KEY", "BEGIN PUBLIC KEY");
+        let later = whole.replace("\"format\": 1", "\"format\": 2");
+        for (damaged, why) in [
+            (half, "line"),
+            (other_chain, "names `spiffe://mesh.example/service/web`"),
+            (other_key, "is for another key"),
+            (no_key, "private key"),
+            (later, "format 2"),
+            (String::new(), "line"),
+        ] {
+            std::fs::write(store.file(), damaged).unwrap();
+            let text = one_line(&store.load(&node).unwrap_err());
+            assert!(text.contains("delete the file") && text.contains(why), "{why}: {text}");
+            assert!(!text.contains("MIG"), "the key itself: {text}");
+        }
+    }
+
+    #[test]
+    fn an_interrupted_join_is_repeated_with_the_same_key() {
+        let (_dir, store, _) = store();
+        let first = store.key_for_join().unwrap();
+        assert_eq!(store.key_for_join().unwrap().public_hash(), first.public_hash());
+        store.forget_key_for_join();
+        assert_ne!(store.key_for_join().unwrap().public_hash(), first.public_hash());
+    }
+}

@@ -297,11 +297,15 @@ pub struct IdentityTask {
     /// Saved identity that is older than the present one.
     unsaved: bool,
     skew_is_reported: bool,
+    /// The reason why the saved identity is not used.
+    load_problem: Option<String>,
 }
 
 impl IdentityTask {
     pub fn new(enrolment: Enrolment, token: Option<PathBuf>, channels: IdentityChannels) -> IdentityTask {
+        let load_problem = channels.status.borrow().problem.clone();
         IdentityTask {
+            load_problem,
             enrolment,
             token,
             channels,
@@ -529,7 +533,10 @@ impl IdentityTask {
                 "the certificate of this node has expired, and a new token is needed: {}",
                 one_line(error)
             ),
-            None => format!("this node has no identity: {}", one_line(error)),
+            None => match &self.load_problem {
+                Some(problem) => format!("{problem}; {}", one_line(error)),
+                None => format!("this node has no identity: {}", one_line(error)),
+            },
         };
         let mut is_news = false;
         self.channels.status.send_modify(|status| {

@@ -1,6 +1,6 @@
 //! Tests of a node's identity: the agent and the real Envoy against a control plane with mTLS in the test process.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -20,7 +20,7 @@ use serde_json::Value;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
-use vmesh_api::identity::{JOIN_PATH, JoinAnswer, JoinRequest, RENEW_PATH, RenewAnswer, RenewRequest};
+use vmesh_api::identity::{JOIN_PATH, JoinAnswer, JoinRequest, RENEW_PATH, RenewRequest};
 use vmesh_daemon::fetch::{Peer, fetch};
 use vmesh_daemon::tasks::spawn_handle;
 use vmesh_identity::tls::{any_server_name, server_config};
@@ -281,16 +281,15 @@ fn renew(
         let chain = issuer.issue(&request, &subject, SystemTime::now(), &state.lifetimes).unwrap();
         (service, chain.to_pem())
     });
-    let answer = RenewAnswer {
-        node_chain: chain,
-        services: services.collect(),
-        granted: granted.clone(),
-        bundle: bundle(issuer, state).to_pem(),
-        trust_domain: issuer.trust_domain().to_string(),
-        renew_now: false,
-        now: unix_now(),
-    };
-    Ok(serde_json::to_string(&answer).unwrap())
+    let answer = serde_json::json!({
+        "node_chain": chain,
+        "services": services.collect::<BTreeMap<_, _>>(),
+        "granted": granted,
+        "bundle": bundle(issuer, state).to_pem(),
+        "trust_domain": issuer.trust_domain(),
+        "now": unix_now(),
+    });
+    Ok(answer.to_string())
 }
 
 /// A node with the workload `orders`, whose agent is told to join.
