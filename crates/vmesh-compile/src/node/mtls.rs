@@ -53,7 +53,7 @@ pub(super) fn add_listener(node: &mut NodeBuilder<'_>) {
     if services.is_empty() {
         return;
     }
-    let Some(ip) = report.address else {
+    let Some(ip) = report.address.map(|ip| ip.to_canonical()) else {
         node.report(
             "is enrolled, and its agent says no `address`: nobody calls its workloads by mTLS".to_owned(),
         );
