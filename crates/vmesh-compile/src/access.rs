@@ -131,11 +131,17 @@ pub(crate) fn find_problems(world: &World, service: &ServiceName) -> Vec<Problem
         }
         let issuers: BTreeSet<_> =
             document.rules.iter().filter_map(|rule| rule.from.jwt.as_ref()).map(|jwt| &jwt.issuer).collect();
-        for issuer in issuers.into_iter().filter(|issuer| documents.jwt_provider(document, issuer).is_none())
-        {
+        for issuer in issuers {
+            let provider = documents.jwt_provider(document, issuer);
+            let missing = match provider.map(|provider| (documents.key_set(provider), &provider.jwks_file)) {
+                Some((Some(_), _)) => continue,
+                Some((None, Some(file))) => {
+                    format!("the key set `{file}` of issuer `{issuer}` is not among the documents")
+                }
+                _ => format!("no `jwt_providers` entry has the issuer `{issuer}`"),
+            };
             report(format!(
-                "no `jwt_providers` entry has the issuer `{issuer}`: an `allow` rule with it never matches, and a `deny` rule \
-                 matches whatever the token"
+                "{missing}: an `allow` rule with it never matches, and a `deny` rule matches whatever the token"
             ));
         }
     }
@@ -222,7 +228,9 @@ impl AccessInput<'_> {
             parts.push(any_of(networks.collect()));
         }
         if let Some(condition) = &from.jwt {
-            let provider = self.world.documents.jwt_provider(document, &condition.issuer);
+            let documents = &self.world.documents;
+            let provider = documents.jwt_provider(document, &condition.issuer);
+            let provider = provider.filter(|provider| documents.key_set(provider).is_some());
             match provider.filter(|_| self.level == FilterLevel::Http) {
                 Some(_) => parts.push(jwt::token_principal(condition)),
                 None => undecided?,

@@ -657,8 +657,11 @@ fn called_side_differs(before: &World, now: &World, name: &ServiceName) -> bool 
 }
 
 fn access_differs(old: &Documents, new: &Documents, name: &ServiceName) -> bool {
+    let keys_differ = old.key_sets != new.key_sets;
     let (old, new) = (old.access_of(name), new.access_of(name));
-    old.len() != new.len() || old.iter().zip(new).any(|(old, new)| !Arc::ptr_eq(old, new))
+    (keys_differ && !new.is_empty())
+        || old.len() != new.len()
+        || old.iter().zip(new).any(|(old, new)| !Arc::ptr_eq(old, new))
 }
 
 /// Adds to `names` each service whose document was added, removed or replaced.

@@ -83,7 +83,8 @@ fn ready_node<'a>(
     service: &ServiceName,
     address: SocketAddr,
 ) -> Result<&'a NodeReport, String> {
-    let at_address = world.nodes.values().filter(|node| node.address.map(|ip| ip.to_canonical()) == Some(address.ip()));
+    let at_address =
+        world.nodes.values().filter(|node| node.address.map(|ip| ip.to_canonical()) == Some(address.ip()));
     let mut reason = format!("no node has the address {}", address.ip());
     for node in at_address {
         let name = &node.name;

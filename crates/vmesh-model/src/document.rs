@@ -48,6 +48,8 @@ pub struct Documents {
     pub nodes: Vec<Arc<PlacedDocument<NodeDocument>>>,
     /// The documents of each service, sorted by name.
     pub access: BTreeMap<ServiceName, Vec<Arc<PlacedDocument<AccessDocument>>>>,
+    /// The key sets of token issuers that stand in files, by the name of the file.
+    pub key_sets: BTreeMap<Arc<str>, Arc<str>>,
 }
 
 /// `kind: Mesh`: defaults for all nodes and services. There is at most one.

@@ -4,6 +4,8 @@
 //! for documents that are edited while the mesh runs: a bad document affects only itself, and if an earlier
 //! version was good, that version stays in force.
 
+pub(crate) mod keys;
+
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -12,6 +14,7 @@ use std::sync::Arc;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use self::keys::{KeySets, is_key_set};
 use crate::check::{self, DocumentChecker, Reference};
 use crate::document::{
     AccessDocument, Documents, MeshDocument, NodeDocument, PlacedDocument, RouteDocument, ServiceDocument,
@@ -80,6 +83,7 @@ pub struct SavedDocument {
 pub struct Library {
     files: BTreeMap<Arc<str>, FileContents>,
     good: BTreeMap<DocumentId, Arc<DocumentVersion>>,
+    key_sets: KeySets,
     current: Arc<Documents>,
 }
 
@@ -190,6 +194,10 @@ impl Library {
     pub fn restored(kept: impl IntoIterator<Item = SavedDocument>) -> Library {
         let mut library = Library::default();
         for kept in kept {
+            if is_key_set(&kept.file) {
+                library.key_sets.restore(&kept);
+                continue;
+            }
             // The text is placed at its line and indentation in the file, so that problems name the same
             // place.
             let indent = usize::try_from(kept.column.saturating_sub(1)).unwrap_or_default().min(MAX_TEXT);
@@ -204,14 +212,14 @@ impl Library {
         }
         let mut chosen = library.good.clone();
         settle_references(&mut chosen, &library.good);
-        library.current = Arc::new(assemble(&chosen));
+        library.current = Arc::new(assemble(&chosen, &library.key_sets));
         library.good = chosen;
         library
     }
 
     /// Returns the good versions, to be saved.
     pub fn last_good(&self) -> Vec<SavedDocument> {
-        self.good.values().map(|version| version.kept.clone()).collect()
+        self.good.values().map(|version| version.kept.clone()).chain(self.key_sets.saved()).collect()
     }
 
     /// Returns the documents in force: the last result of [`Library::update`], or the restored ones.
@@ -223,8 +231,8 @@ impl Library {
     /// not change keep their pointer. A file that is missing in `files` was deleted, and its documents with
     /// it.
     pub fn update(&mut self, files: &[DocumentFile<'_>]) -> (Arc<Documents>, Vec<Problem>) {
+        let mut problems = self.key_sets.update(files);
         self.read(files);
-        let mut problems = Vec::new();
         let mut claims: BTreeMap<&DocumentId, Vec<&DocumentCandidate>> = BTreeMap::new();
         for candidate in self.files.values().flat_map(|contents| &contents.documents) {
             claims.entry(&candidate.id).or_default().push(candidate);
@@ -288,7 +296,7 @@ impl Library {
         let still_claimed: BTreeSet<DocumentId> = claimed.into_keys().cloned().collect();
         self.good.retain(|id, _| still_claimed.contains(id));
         self.good.extend(chosen.iter().map(|(id, version)| (id.clone(), version.clone())));
-        let documents = assemble(&chosen);
+        let documents = assemble(&chosen, &self.key_sets);
         if documents != *self.current {
             self.current = Arc::new(documents);
         }
@@ -298,7 +306,7 @@ impl Library {
     /// Parses the files that changed.
     fn read(&mut self, files: &[DocumentFile<'_>]) {
         let mut before = std::mem::take(&mut self.files);
-        for file in files {
+        for file in files.iter().filter(|file| !is_key_set(file.path)) {
             let path: Arc<str> = file.path.into();
             let contents = match (file.content, before.remove(&path)) {
                 (Ok(bytes), Some(same)) if same.bytes.as_deref() == Some(bytes) => same,
@@ -412,8 +420,8 @@ fn broken_references(
     broken
 }
 
-fn assemble(chosen: &BTreeMap<DocumentId, Arc<DocumentVersion>>) -> Documents {
-    let mut documents = Documents::default();
+fn assemble(chosen: &BTreeMap<DocumentId, Arc<DocumentVersion>>, key_sets: &KeySets) -> Documents {
+    let mut documents = Documents { key_sets: key_sets.by_name(), ..Documents::default() };
     for version in chosen.values() {
         match &version.parsed {
             ParsedDocument::Mesh(mesh) => documents.mesh = Some(mesh.clone()),

@@ -53,8 +53,12 @@ pub(crate) fn filter_config(world: &World, service: &ServiceName) -> TypedExtens
     for document in world.documents.access_of(service) {
         for condition in document.rules.iter().filter_map(|rule| rule.from.jwt.as_ref()) {
             is_enforced |= document.mode == AccessMode::Enforce;
-            if let Some(provider) = world.documents.jwt_provider(document, &condition.issuer) {
-                providers.entry(provider.issuer.to_string()).or_insert_with(|| envoy_provider(provider));
+            let provider = world.documents.jwt_provider(document, &condition.issuer);
+            let with_keys = provider.and_then(|one| Some((one, world.documents.key_set(one)?)));
+            if let Some((provider, keys)) = with_keys {
+                providers
+                    .entry(provider.issuer.to_string())
+                    .or_insert_with(|| envoy_provider(provider, keys));
             }
         }
     }
@@ -79,11 +83,9 @@ pub(crate) fn filter_config(world: &World, service: &ServiceName) -> TypedExtens
     TypedExtensionConfig { name: filter_name(service), typed_config: Some(any(&config)) }
 }
 
-fn envoy_provider(provider: &JwtProvider) -> EnvoyProvider {
-    let keys = DataSource {
-        specifier: Some(Specifier::InlineString(provider.jwks.to_string())),
-        ..DataSource::default()
-    };
+fn envoy_provider(provider: &JwtProvider, keys: &str) -> EnvoyProvider {
+    let keys =
+        DataSource { specifier: Some(Specifier::InlineString(keys.to_owned())), ..DataSource::default() };
     EnvoyProvider {
         issuer: provider.issuer.to_string(),
         audiences: provider.audiences.iter().map(ToString::to_string).collect(),

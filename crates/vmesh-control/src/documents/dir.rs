@@ -1,4 +1,4 @@
-//! Reads documents from a directory: every `.yaml`, `.yml` and `.json` file, in alphabetical order.
+//! Reads documents from a directory: every `.yaml`, `.yml` and `.json` file, in alphabetical order, and key sets (`.jwks`).
 //!
 //! Change notifications of the kernel only trigger a read; the content decides. If the directory cannot be
 //! read, the last documents stay in force.
@@ -99,16 +99,16 @@ fn read_file(path: &Path, limit: u64) -> std::io::Result<(Vec<u8>, bool)> {
     Ok((bytes, is_public))
 }
 
-/// Returns every `.yaml`, `.yml` and `.json` file, sorted by name.
+/// Returns every `.yaml`, `.yml`, `.json` and `.jwks` file, sorted by name.
 pub(super) fn read(dir: &Path) -> Result<Vec<DocumentText>, String> {
     let entries = fs::read_dir(dir).map_err(|error| error.to_string())?;
     let mut files = Vec::new();
     for entry in entries {
         let path = entry.map_err(|error| error.to_string())?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let wanted = path
-            .extension()
-            .is_some_and(|extension| ["yaml", "yml", "json"].iter().any(|wanted| extension == *wanted));
+        let wanted = path.extension().is_some_and(|extension| {
+            ["yaml", "yml", "json", "jwks"].iter().any(|wanted| extension == *wanted)
+        });
         if wanted && !name.starts_with(['.', '#']) {
             // One byte more than the parser accepts, so that the parser reports the excess.
             let (content, is_public) = match read_file(&path, MAX_TEXT as u64 + 1) {

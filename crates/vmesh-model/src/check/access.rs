@@ -4,12 +4,11 @@ use std::sync::Arc;
 
 use super::{DocumentChecker, check_text_match, is_header_name};
 use crate::document::{AccessCallers, AccessDocument, AccessPath, AccessRequests, JwtProvider, MeshDocument};
+use crate::load::keys::check_key_set;
 use crate::yaml::{Step, short};
 
 /// The limit of rules in one document. Envoy evaluates them in turn for each request.
 const MAX_RULES: usize = 500;
-/// The limit, in bytes, of the keys of one issuer.
-const MAX_JWKS: usize = 64 * 1024;
 
 pub(crate) fn access(document: &AccessDocument, check: &mut DocumentChecker<'_>) {
     if document.rules.is_empty() && document.default.is_none() {
@@ -139,14 +138,20 @@ fn check_providers(providers: &[JwtProvider], at: &[Step<'_>], check: &mut Docum
             check.report(&field("issuer"), format!("issuer `{}` is listed twice", short(&provider.issuer)));
         }
         issuers.push(&provider.issuer);
-        if provider.jwks.len() > MAX_JWKS {
-            check.report(
-                &field("jwks"),
-                format!("{} bytes of keys, and at most {MAX_JWKS} are taken", provider.jwks.len()),
-            );
-        } else if !provider.jwks.trim_start().starts_with('{') || !provider.jwks.contains("\"keys\"") {
-            let message = "expected a JSON Web Key Set as text, such as '{\"keys\": [..]}'";
-            check.report(&field("jwks"), message);
+        match (&provider.jwks, &provider.jwks_file) {
+            (Some(keys), None) => {
+                if let Err(message) = check_key_set(keys) {
+                    check.report(&field("jwks"), message);
+                }
+            }
+            (None, Some(file)) if !file.ends_with(".jwks") || file.contains('/') => {
+                let message = "expected the name of a file beside the documents that ends in `.jwks`, without a directory";
+                check.report(&field("jwks_file"), message);
+            }
+            (None, Some(_)) => {}
+            (Some(_), Some(_)) => check
+                .report_key(&field("jwks_file"), "`jwks` and `jwks_file` together: leave one of them out"),
+            (None, None) => check.report(&[at, path![index]].concat(), "no keys: give `jwks` or `jwks_file`"),
         }
     }
 }

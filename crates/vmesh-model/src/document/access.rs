@@ -138,7 +138,9 @@ pub struct JwtProvider {
     #[serde(default)]
     pub audiences: Vec<Arc<str>>,
     /// The public keys of the issuer: a JSON Web Key Set, as text.
-    pub jwks: Arc<str>,
+    pub jwks: Option<Arc<str>>,
+    /// The name of a file with these keys, beside the documents: `login.jwks`. Either `jwks` or `jwks_file` is required.
+    pub jwks_file: Option<Arc<str>>,
 }
 
 /// A condition on requests. A request must match every part that is set.
@@ -250,5 +252,11 @@ impl Documents {
     pub fn jwt_provider<'a>(&'a self, document: &'a AccessDocument, issuer: &str) -> Option<&'a JwtProvider> {
         let of_mesh = self.mesh_access().into_iter().flat_map(|access| &access.jwt_providers);
         document.jwt_providers.iter().chain(of_mesh).find(|provider| *provider.issuer == *issuer)
+    }
+
+    /// Returns the key set of `provider`, or `None` if its file is missing.
+    pub fn key_set<'a>(&'a self, provider: &'a JwtProvider) -> Option<&'a Arc<str>> {
+        let in_file = || self.key_sets.get(provider.jwks_file.as_ref()?);
+        provider.jwks.as_ref().or_else(in_file)
     }
 }
