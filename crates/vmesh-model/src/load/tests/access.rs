@@ -125,7 +125,7 @@ rules:
   - {from: {services: []}, action: allow}
   - {to: {paths: [{prefix: x}, {exact: "/a//b"}, {prefix: "/a/../b"}, {prefix: "/a;b"}, {exact: "/%61"}, {exact: "/x?y"}]}, action: deny}
   - {to: {ports: [0], methods: [], headers: {":path": /x}}, action: deny}
-jwt_providers: [{issuer: a, jwks: https://login.example/keys}, {issuer: a, jwks: '{"keys": []}'}]
+jwt_providers: [{issuer: a, jwks: https://login.example/keys}, {issuer: a, jwks: '{"keys": []}'}, {issuer: b}, {issuer: c, jwks_file: a/b.jwks}]
 "#,
         expect![[r#"
             a.yaml:4:27: `anyone` and `services` together: leave one of them out; it is not in force
@@ -143,6 +143,32 @@ jwt_providers: [{issuer: a, jwks: https://login.example/keys}, {issuer: a, jwks:
             a.yaml:8:73: issuer `a` is listed twice; it is not in force
         "#]],
     );
+}
+
+/// A key set is a file beside the documents, and has a last good version as they have.
+#[test]
+fn a_key_set_in_a_file_is_read_kept_and_replaced() {
+    let text = |keys: &str| {
+        format!(
+            "\n== mesh.d/a.yaml\nkind: Access\nservice: web\ndefault: deny\njwt_providers: [{{issuer: a, jwks_file: a.jwks}}]\n{keys}"
+        )
+    };
+    let mut library = Library::default();
+    let keys = |documents: &Documents| {
+        let access = documents.access_of(&"web".parse().unwrap())[0].clone();
+        let provider = documents.jwt_provider(&access, "a").unwrap();
+        documents.key_set(provider).map(ToString::to_string)
+    };
+    let good = text("== mesh.d/a.jwks\n{\"keys\": [1]}\n");
+    let (documents, problems) = update(&mut library, &good);
+    assert_eq!((keys(&documents).unwrap().trim(), problems.as_str()), ("{\"keys\": [1]}", ""));
+    let (documents, problems) = update(&mut library, &text("== mesh.d/a.jwks\nnone\n"));
+    assert_eq!(keys(&documents).unwrap().trim(), "{\"keys\": [1]}");
+    assert!(problems.contains("mesh.d/a.jwks: expected a JSON Web Key Set"), "{problems}");
+    let restored = Library::restored(library.last_good());
+    assert_eq!(keys(&restored.documents()).unwrap().trim(), "{\"keys\": [1]}");
+    let (documents, _) = update(&mut library, &text(""));
+    assert_eq!(keys(&documents), None);
 }
 
 #[test]
