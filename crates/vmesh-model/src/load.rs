@@ -4,7 +4,7 @@
 //! for documents that are edited while the mesh runs: a bad document affects only itself, and if an earlier
 //! version was good, that version stays in force.
 
-pub(crate) mod keys;
+mod keys;
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};

@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use super::{DocumentChecker, check_text_match, is_header_name};
 use crate::document::{AccessCallers, AccessDocument, AccessPath, AccessRequests, JwtProvider, MeshDocument};
-use crate::load::keys::check_key_set;
 use crate::yaml::{Step, short};
 
 /// The limit of rules in one document. Envoy evaluates them in turn for each request.
 const MAX_RULES: usize = 500;
+/// The limit, in bytes, of a key set.
+const MAX_KEY_SET: usize = 64 * 1024;
 
 pub(crate) fn access(document: &AccessDocument, check: &mut DocumentChecker<'_>) {
     if document.rules.is_empty() && document.default.is_none() {
@@ -153,5 +154,16 @@ fn check_providers(providers: &[JwtProvider], at: &[Step<'_>], check: &mut Docum
                 .report_key(&field("jwks_file"), "`jwks` and `jwks_file` together: leave one of them out"),
             (None, None) => check.report(&[at, path![index]].concat(), "no keys: give `jwks` or `jwks_file`"),
         }
+    }
+}
+
+/// Checks that a text may be a JSON Web Key Set. Envoy checks the keys themselves.
+pub(crate) fn check_key_set(text: &str) -> Result<(), String> {
+    if text.len() > MAX_KEY_SET {
+        return Err(format!("{} bytes of keys, and at most {MAX_KEY_SET} are taken", text.len()));
+    }
+    match text.trim_start().starts_with('{') && text.contains("\"keys\"") {
+        true => Ok(()),
+        false => Err("expected a JSON Web Key Set, such as {\"keys\": [..]}".to_owned()),
     }
 }

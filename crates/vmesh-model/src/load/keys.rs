@@ -4,12 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::{DocumentFile, SavedDocument};
+use crate::check::access::check_key_set;
 use crate::{Place, Problem};
 
 /// The end of the name of a file that holds a key set, and no documents.
 const EXTENSION: &str = ".jwks";
-/// The limit, in bytes, of a key set.
-pub(crate) const MAX_KEY_SET: usize = 64 * 1024;
 
 /// Reports whether the file holds a key set.
 pub(super) fn is_key_set(path: &str) -> bool {
@@ -19,17 +18,6 @@ pub(super) fn is_key_set(path: &str) -> bool {
 /// Returns the name by which documents refer to the file at `path`.
 fn file_name(path: &str) -> &str {
     path.rsplit_once('/').map_or(path, |(_, name)| name)
-}
-
-/// Checks that a text may be a JSON Web Key Set. Envoy checks the keys themselves.
-pub(crate) fn check_key_set(text: &str) -> Result<(), String> {
-    if text.len() > MAX_KEY_SET {
-        return Err(format!("{} bytes of keys, and at most {MAX_KEY_SET} are taken", text.len()));
-    }
-    match text.trim_start().starts_with('{') && text.contains("\"keys\"") {
-        true => Ok(()),
-        false => Err("expected a JSON Web Key Set, such as {\"keys\": [..]}".to_owned()),
-    }
 }
 
 /// The key sets of all files, each in its last good version, by path.
