@@ -237,8 +237,9 @@ impl TwoNodes {
         let world = {
             let mut catalog = self.catalog.lock().unwrap();
             let (catalog, library, hash) = &mut *catalog;
-            let (documents, problems) =
-                library.update(&[DocumentFile { path: "mesh.yaml", content: Ok(text.as_bytes()) }]);
+            let files = [("mesh.yaml", text), ("login.jwks", JWKS)];
+            let (documents, problems) = library
+                .update(&files.map(|(path, text)| DocumentFile { path, content: Ok(text.as_bytes()) }));
             assert_eq!(problems, [], "{text}");
             *hash += 1;
             catalog.on_documents(documents, *hash, problems);
@@ -506,10 +507,10 @@ async fn no_spelling_of_a_path_gets_around_a_rule() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn only_a_token_that_the_issuer_signed_counts() -> Result<()> {
     let nodes = TwoNodes::start(Protocol::Http).await?;
-    nodes.documents(&with(&format!(
-        "jwt_providers: [{{issuer: \"https://login.example\", jwks: '{JWKS}'}}]\n\
-         rules: [{{from: {{jwt: {{issuer: \"https://login.example\", claims: {{role: admin}}}}}}, action: allow}}]\n"
-    )));
+    nodes.documents(&with(
+        "jwt_providers: [{issuer: \"https://login.example\", jwks_file: login.jwks}]\n\
+         rules: [{from: {jwt: {issuer: \"https://login.example\", claims: {role: admin}}}, action: allow}]\n",
+    ));
     let with_token = |token: &str| format!("GET /\nauthorization: Bearer {token}");
     nodes.wait_status("GET /", 403).await?;
     nodes.wait_status(&with_token(ADMIN), 200).await?;
