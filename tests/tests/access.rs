@@ -29,6 +29,7 @@ use vmesh_proto::envoy::extensions::transport_sockets::tls::v3::{
 };
 use vmesh_testkit::app::HttpApp;
 use vmesh_testkit::envoy::{self, Envoy};
+use vmesh_testkit::load::{Load, Plan};
 use vmesh_testkit::place::{Loopback, TempDir, tempdir};
 use vmesh_testkit::process::Daemon;
 use vmesh_testkit::{Failed, Result, wait_for};
@@ -369,6 +370,43 @@ async fn two_envoys_call_each_other_by_mtls_and_know_each_other() -> Result<()> 
     };
     wait_for("web-1 to call the plaintext port", BOUND, plain).await?;
     assert_eq!(nodes.call("GET /"), 200);
+    Ok(())
+}
+
+/// The stages of a migration, under load, there and back; each at once after the callers have followed the last.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_of_mode_or_of_certificates_fails_no_request() -> Result<()> {
+    let nodes = TwoNodes::start(Protocol::Http).await?;
+    nodes.wait_status("GET /", 200).await?;
+    let load = Load::start(Plan::to(SocketAddr::new(nodes.web.ip(), 9001)))?;
+    for (stage, mode) in ["off", "permissive", "strict", "permissive", "off", "permissive"]
+        .into_iter()
+        .cycle()
+        .take(12)
+        .enumerate()
+    {
+        nodes.documents(&format!("kind: Service\nname: orders\nmtls: {{mode: \"{mode}\"}}\n"));
+        let port = if mode == "off" { ":9080" } else { ":15008" };
+        let followed = async || match nodes.envoy("web-1").endpoints("orders").await {
+            Ok(Some(endpoints)) if endpoints.iter().all(|(address, _)| address.ends_with(port)) => Ok(()),
+            other => Err(format!("{other:?}")),
+        };
+        wait_for(&format!("web-1 to follow stage {stage}, {mode}"), BOUND, followed).await?;
+        nodes.secrets("web-1", &[("caller", "web", "web-1")]);
+        nodes.secrets(
+            "orders-1",
+            &[("workload|orders", "orders", "orders-1"), ("caller", "orders", "orders-1")],
+        );
+        let sent = load.so_far().sent;
+        wait_for("a few more requests", BOUND, async || match load.so_far().sent {
+            now if now > sent + 60 => Ok(()),
+            now => Err(format!("{now} requests")),
+        })
+        .await?;
+    }
+    let report = load.stop().await;
+    assert!(report.sent > 500, "{} requests", report.sent);
+    assert_eq!(report.failures, 0, "{:?}", report.failed.iter().take(5).collect::<Vec<_>>());
     Ok(())
 }
 

@@ -139,8 +139,10 @@ jwt_providers: [{issuer: a, jwks: https://login.example/keys}, {issuer: a, jwks:
             a.yaml:7:19: port 0 is not a port: 1 to 65535; it is not in force
             a.yaml:7:23: `methods: []` matches no request: leave it out to match every request; it is not in force
             a.yaml:7:46: `:path` is not the name of a header; it is not in force
-            a.yaml:8:35: expected a JSON Web Key Set as text, such as '{"keys": [..]}'; it is not in force
+            a.yaml:8:35: expected a JSON Web Key Set, such as {"keys": [..]}; it is not in force
             a.yaml:8:73: issuer `a` is listed twice; it is not in force
+            a.yaml:8:99: no keys: give `jwks` or `jwks_file`; it is not in force
+            a.yaml:8:135: expected the name of a file beside the documents that ends in `.jwks`, without a directory; it is not in force
         "#]],
     );
 }
