@@ -33,6 +33,7 @@ use vmesh_proto::envoy::extensions::upstreams::http::v3::http_protocol_options::
 use vmesh_proto::envoy::r#type::v3::Percent;
 use vmesh_proto::google::protobuf::Any;
 use vmesh_proto::{any, duration, uint32};
+use vmesh_xds::second_assignment;
 
 use crate::effective::EffectiveSettings;
 use crate::tls::{CallerTls, upstream_sockets};
@@ -46,13 +47,16 @@ pub(crate) fn ads() -> ConfigSource {
     }
 }
 
-/// Returns a cluster for Envoy. Its endpoints come by EDS under the same name. With `tls`, the cluster calls those of
-/// them that are marked for it by mTLS.
+/// Returns a cluster for Envoy. Its endpoints come by EDS under the same name; with `tls`, under the
+/// [second name](second_assignment), and the cluster calls those of them that are marked for it by mTLS.
 pub(crate) fn eds_cluster(name: &str, effective: &EffectiveSettings, tls: Option<&CallerTls>) -> Cluster {
     Cluster {
         name: name.to_owned(),
         cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::Eds.into())),
-        eds_cluster_config: Some(EdsClusterConfig { eds_config: Some(ads()), ..EdsClusterConfig::default() }),
+        eds_cluster_config: Some(EdsClusterConfig {
+            eds_config: Some(ads()),
+            service_name: tls.map(|_| second_assignment(name)).unwrap_or_default(),
+        }),
         connect_timeout: Some(duration(effective.connect)),
         load_balancing_policy: Some(policy(effective.load_balancing.policy)),
         common_lb_config: Some(CommonLbConfig {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use vmesh_model::document::{LoadBalancing, Locality};
+use vmesh_model::document::{LoadBalancing, Locality, Subset};
 use vmesh_model::node::MTLS_PORT;
 use vmesh_model::{Endpoint, Health};
 use vmesh_proto::envoy::config::core::v3::address::Address as AddressKind;
@@ -35,6 +35,16 @@ struct Target<'a> {
 }
 
 impl CalledEndpoints {
+    /// Returns the endpoints in `subset`, or all of them if it is `None`.
+    pub(crate) fn of_subset(&self, subset: Option<&Subset>) -> CalledEndpoints {
+        let Some(subset) = subset else { return self.clone() };
+        let members: Arc<[Endpoint]> =
+            self.endpoints.iter().filter(|endpoint| subset.contains(endpoint)).cloned().collect();
+        let of_members = members.iter().map(|member| member.address);
+        let by_mtls = of_members.filter(|address| self.by_mtls.contains(address)).collect();
+        CalledEndpoints { endpoints: members, by_mtls }
+    }
+
     fn targets(&self) -> Vec<Target<'_>> {
         let mut targets: Vec<Target<'_>> = Vec::with_capacity(self.endpoints.len());
         let mut at_node: BTreeMap<IpAddr, usize> = BTreeMap::new();

@@ -8,7 +8,7 @@ use vmesh_catalog::World;
 use vmesh_model::document::{Documents, MtlsMode, PlacedDocument, RouteDocument, ServiceDocument, Subset};
 use vmesh_model::node::Client;
 use vmesh_model::{Endpoint, Place, Problem, ServiceName, Settings};
-use vmesh_xds::{Group, Kind, Resource};
+use vmesh_xds::{Group, Kind, Resource, second_assignment};
 
 use crate::access;
 use crate::class::Variant;
@@ -118,39 +118,45 @@ pub(crate) fn compile(
         // Without IPv6, Envoy rejects the whole assignment if it contains an IPv6 address.
         usable = all.iter().filter(|endpoint| endpoint.address.is_ipv4()).cloned().collect();
     }
-    let mut by_mtls = BTreeSet::new();
+    let plain = CalledEndpoints { endpoints: usable.clone(), by_mtls: BTreeSet::new() };
+    let mut called = plain.clone();
     if variant.mtls.is_some() {
         let calls = split_by_tls(name, &usable, variant.settings.mtls_mode(), peers);
-        by_mtls = calls.by_mtls;
+        called.by_mtls = calls.by_mtls;
         if !calls.left_out.is_empty() {
-            usable = usable.iter().filter(|one| !calls.left_out.contains(&one.address)).cloned().collect();
+            called.endpoints =
+                usable.iter().filter(|one| !calls.left_out.contains(&one.address)).cloned().collect();
             problems.push(left_out(world, name, &calls.left_out, all.len()));
         }
     }
     let reshaped = before.is_none_or(|before| !Arc::ptr_eq(&before.shape, &shape));
-    let mut assignments = Vec::with_capacity(shape.clusters.len());
-    for (at, (cluster, subset)) in shape.clusters.iter().enumerate() {
-        let members: Arc<[Endpoint]> = match subset {
-            None => usable.clone(),
-            Some(subset) => usable.iter().filter(|endpoint| subset.contains(endpoint)).cloned().collect(),
-        };
-        if subset.is_some() && members.is_empty() && !all.is_empty() {
-            problems.push(empty_subset(shape.inputs.service.as_ref(), cluster, all.len()));
-        }
-        let of_members = members.iter().map(|member| member.address).filter(|at| by_mtls.contains(at));
-        let called = CalledEndpoints { by_mtls: of_members.collect(), endpoints: members };
+    let mut assignments: Vec<Assignment> = Vec::with_capacity(shape.clusters.len());
+    let mut add = |assignment_name: String, called: CalledEndpoints| {
         let same = before
             .filter(|_| !reshaped)
-            .and_then(|before| before.assignments.get(at))
+            .and_then(|before| before.assignments.get(assignments.len()))
             .filter(|a| a.called == called);
         assignments.push(match same {
             Some(same) => same.clone(),
             None => {
-                let message = assignment(cluster, &called, balancing, zone);
-                let resource = like.share(Resource::new(Kind::Endpoint, cluster.as_str(), &message));
+                let message = assignment(&assignment_name, &called, balancing, zone);
+                let resource = like.share(Resource::new(Kind::Endpoint, assignment_name, &message));
                 Assignment { called, resource }
             }
         });
+    };
+    for (cluster, subset) in &shape.clusters {
+        let of_subset = called.of_subset(subset.as_ref());
+        if subset.is_some() && of_subset.endpoints.is_empty() && !all.is_empty() {
+            problems.push(empty_subset(shape.inputs.service.as_ref(), cluster, all.len()));
+        }
+        if variant.mtls.is_some() {
+            // The plaintext cluster that this one replaces keeps its endpoints until this one is warm.
+            add(cluster.clone(), plain.of_subset(subset.as_ref()));
+            add(second_assignment(cluster), of_subset);
+        } else {
+            add(cluster.clone(), of_subset);
+        }
     }
     let transparent = variant.captured.map(|captured| {
         let ipv6 = !variant.without_ipv6;

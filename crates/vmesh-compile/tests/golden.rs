@@ -316,7 +316,8 @@ fn bootstrap(snapshot: &Snapshot) -> Value {
     let mut clusters: Vec<_> = of("Cluster").into_iter().map(|(_, cluster)| cluster).collect();
     for cluster in &mut clusters {
         if cluster["type"] == "EDS" {
-            let name = cluster["name"].as_str().unwrap().to_owned();
+            let second = cluster["eds_cluster_config"]["service_name"].as_str();
+            let name = second.or(cluster["name"].as_str()).unwrap().to_owned();
             let fields = cluster.as_object_mut().unwrap();
             fields.remove("eds_cluster_config");
             fields.insert("type".to_owned(), json!("STATIC"));

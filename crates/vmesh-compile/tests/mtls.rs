@@ -164,7 +164,8 @@ fn a_change_of_mode_touches_callers_and_the_plaintext_of_that_service() {
     let permissive = nodes.each_ref().map(|node| mesh.versions(node));
     assert_eq!(differing(&off[0], &permissive[0]), BTreeSet::new());
     let of_orders = |kind| (kind, "orders".to_owned());
-    let cluster = BTreeSet::from([of_orders(Kind::Cluster), of_orders(Kind::Endpoint)]);
+    // The plaintext cluster keeps its endpoints until the new one is warm.
+    let cluster = BTreeSet::from([of_orders(Kind::Cluster), (Kind::Endpoint, "orders||mtls".to_owned())]);
     assert_eq!(differing(&off[1], &permissive[1]), cluster);
     mesh.documents(&mode("strict"));
     let strict = nodes.each_ref().map(|node| mesh.versions(node));
@@ -200,7 +201,8 @@ fn the_operator_is_told_how_each_endpoint_is_called_and_why() {
             ));
         }
         let (snapshot, problems) = compile(world, &web());
-        let listed = format!("{:?}", snapshot.get(Kind::Endpoint, "orders").unwrap().value());
+        let assignment = if mode == "off" { "orders" } else { "orders||mtls" };
+        let listed = format!("{:?}", snapshot.get(Kind::Endpoint, assignment).unwrap().value());
         for endpoint in all {
             // The address stands in the encoded message as text.
             let ip = endpoint.address.ip().to_string();

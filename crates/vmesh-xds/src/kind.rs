@@ -62,6 +62,13 @@ impl Kind {
     }
 }
 
+/// Returns the second name under which a cluster may take its endpoints. If a change concerns both how a cluster connects
+/// and to which addresses, the changed cluster takes its endpoints under the other name: until that cluster is warm, the
+/// cluster that it replaces keeps the addresses that it can connect to.
+pub fn second_assignment(cluster: &str) -> String {
+    format!("{cluster}||mtls")
+}
+
 /// Prints the word that operators read: `cluster payments: unknown TLS context`.
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -41,7 +41,7 @@ pub mod server;
 
 #[cfg(any(feature = "client", feature = "server"))]
 pub use grpc::Failure;
-pub use kind::{Kind, PerKind};
+pub use kind::{Kind, PerKind, second_assignment};
 pub use relay::{CheckLocal, ClientId, Relay};
 pub use resource::{Resource, encodings};
 pub use session::{

@@ -8,7 +8,7 @@ use super::response::ResponseHead;
 use super::subscription::{InFlightResponse, SentItem, Subscription};
 use super::target::{AbsenceSignal, ClientCopy, PendingChange, Target, without_endpoints};
 use super::{Response, Session};
-use crate::{Kind, Resource};
+use crate::{Kind, Resource, second_assignment};
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -126,11 +126,13 @@ impl Session {
     /// Sends the endpoints of a changed cluster again: Envoy warms the cluster until they arrive, but does not ask for
     /// them again (R46).
     fn resend_endpoints(&mut self, cluster: &Arc<str>) {
-        if let Some(entry) = self.subscriptions[Kind::Endpoint].entries.get_mut(cluster)
-            && !matches!(entry.copy, ClientCopy::Nothing)
-        {
-            entry.must_send = true;
-            self.reconcile(Kind::Endpoint, cluster);
+        for assignment in [cluster.clone(), second_assignment(cluster).into()] {
+            if let Some(entry) = self.subscriptions[Kind::Endpoint].entries.get_mut(&assignment)
+                && !matches!(entry.copy, ClientCopy::Nothing)
+            {
+                entry.must_send = true;
+                self.reconcile(Kind::Endpoint, &assignment);
+            }
         }
     }
 
