@@ -52,21 +52,29 @@ pub fn tls(world: &World, service: &ServiceName, from: &NodeReport) -> Vec<Endpo
         if let Some(reason) = &impossible {
             return (ConnectionSecurity::Plaintext, reason.clone());
         }
-        match ready_node(world, service, address) {
-            Ok(node) => {
-                let of_node = world.documents.nodes_for(node);
-                let of_node = of_node.iter().rev().find_map(|document| document.mtls).map(|mtls| mtls.mode);
-                match mode.max(of_node.unwrap_or_default()) {
-                    MtlsMode::Off => (ConnectionSecurity::Plaintext, "its mode is off".to_owned()),
-                    on => (
-                        ConnectionSecurity::Mtls,
-                        format!("its mode is {}, and node `{}` is ready for it", on.as_str(), node.name),
-                    ),
-                }
+        let node = match peer_of(world, service, address) {
+            Ok(node) => node,
+            Err(reason) if mode == MtlsMode::Strict => return (ConnectionSecurity::LeftOut, reason),
+            Err(_) if mode == MtlsMode::Off => {
+                return (ConnectionSecurity::Plaintext, "its mode is off".to_owned());
             }
-            Err(reason) if mode == MtlsMode::Strict => (ConnectionSecurity::LeftOut, reason),
-            Err(_) if mode == MtlsMode::Off => (ConnectionSecurity::Plaintext, "its mode is off".to_owned()),
-            Err(reason) => (ConnectionSecurity::Plaintext, reason),
+            Err(reason) => return (ConnectionSecurity::Plaintext, reason),
+        };
+        let of_node = world.documents.nodes_for(node);
+        let of_node = of_node.iter().rev().find_map(|document| document.mtls).map(|mtls| mtls.mode);
+        let (mode, name) = (mode.max(of_node.unwrap_or_default()), &node.name);
+        let unready =
+            format!("node `{name}` is not ready: its Envoy has not accepted its listener for mTLS yet");
+        match (mode, node.mtls_ready) {
+            (MtlsMode::Off, _) => (ConnectionSecurity::Plaintext, "its mode is off".to_owned()),
+            (MtlsMode::Permissive, false) => (ConnectionSecurity::Plaintext, unready),
+            (MtlsMode::Strict, false) => {
+                (ConnectionSecurity::Mtls, format!("its mode is strict, but {unready}"))
+            }
+            (on, true) => (
+                ConnectionSecurity::Mtls,
+                format!("its mode is {}, and node `{name}` is ready for it", on.as_str()),
+            ),
         }
     };
     endpoints
@@ -77,30 +85,34 @@ pub fn tls(world: &World, service: &ServiceName, from: &NodeReport) -> Vec<Endpo
         .collect()
 }
 
-/// Returns the node that runs the endpoint and is ready for mTLS, or the reason why there is none.
-fn ready_node<'a>(
+/// Returns the enrolled node that runs the endpoint, one that is ready first, or the reason why there is none.
+fn peer_of<'a>(
     world: &'a World,
     service: &ServiceName,
     address: SocketAddr,
 ) -> Result<&'a NodeReport, String> {
     let at_address =
         world.nodes.values().filter(|node| node.address.map(|ip| ip.to_canonical()) == Some(address.ip()));
-    let mut reason = format!("no node has the address {}", address.ip());
+    let mut found = Err(format!("no node has the address {}", address.ip()));
     for node in at_address {
         let name = &node.name;
         let runs_it = node.workloads.iter().filter(|workload| workload.service == *service);
         let runs_it = runs_it.flat_map(|workload| registered_addresses(workload, address.ip()));
-        reason = if node.client == Client::Grpc || node.identity.is_none() {
+        let reason = if node.client == Client::Grpc || node.identity.is_none() {
             format!("node `{name}` is not enrolled: its agent has no certificate")
         } else if !runs_it.into_iter().any(|at| at == address) {
             format!("node `{name}` has no workload of `{service}` on port {}", address.port())
         } else if !is_granted(node, service) {
             format!("the certificate of node `{name}` does not grant `{service}`")
-        } else if !node.mtls_ready {
-            format!("node `{name}` is not ready: its Envoy has not accepted its listener for mTLS yet")
-        } else {
+        } else if node.mtls_ready {
             return Ok(node);
+        } else {
+            found = Ok(&**node);
+            continue;
         };
+        if found.is_err() {
+            found = Err(reason);
+        }
     }
-    Err(reason)
+    found
 }

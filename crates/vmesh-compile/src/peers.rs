@@ -1,4 +1,4 @@
-//! The endpoints that can be called by mTLS: workloads of enrolled nodes whose Envoy is ready for it.
+//! The endpoints that can be called by mTLS: workloads of enrolled nodes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -9,9 +9,17 @@ use vmesh_model::document::{Documents, MtlsMode, NodeDocument, PlacedDocument};
 use vmesh_model::node::{Client, Workload};
 use vmesh_model::{Labels, NodeName, NodeReport, ServiceName, join};
 
-/// The modes that the `Node` documents of the nodes at one address set for their workloads, by node. Two nodes at
-/// one address are one host whose name changed.
-type Claims = BTreeMap<NodeName, Option<MtlsMode>>;
+/// A node that runs a workload which can be called by mTLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Peer {
+    /// The node's Envoy accepts mTLS connections.
+    pub(crate) is_ready: bool,
+    /// The mode that `Node` documents set for the node's workloads.
+    pub(crate) mode: Option<MtlsMode>,
+}
+
+/// The peers at one address. Several nodes at one address are one host whose name changed.
+type Claims = BTreeMap<NodeName, Peer>;
 
 /// An index of the enrolled nodes of a world: the addresses of their workloads, and the nodes with the labels that rules of
 /// access name. One changed node costs as much as its workloads and these labels.
@@ -82,8 +90,8 @@ impl Peers {
                     self.remove_endpoint(service, *address, &name);
                     changes.endpoints.insert(service.clone());
                 }
-                for (service, address, mode) in new.difference(&old) {
-                    self.add_endpoint(service, *address, &name, *mode);
+                for (service, address, peer) in new.difference(&old) {
+                    self.add_endpoint(service, *address, &name, *peer);
                     changes.endpoints.insert(service.clone());
                 }
             }
@@ -100,16 +108,16 @@ impl Peers {
         changes
     }
 
-    /// Returns the mode that the node of an endpoint sets for it, or `None` if the endpoint cannot be called by mTLS.
-    pub(crate) fn endpoint(&self, service: &ServiceName, address: SocketAddr) -> Option<Option<MtlsMode>> {
-        let claims = self.endpoints.get(service)?.get(&address)?;
-        claims.values().max().copied()
+    /// Returns the peer that runs the endpoint, or `None` if the endpoint cannot be called by mTLS. A peer that is ready takes
+    /// precedence over others at the same address.
+    pub(crate) fn endpoint(&self, service: &ServiceName, address: SocketAddr) -> Option<Peer> {
+        self.endpoints.get(service)?.get(&address)?.values().max().copied()
     }
 
     /// Reports whether a node sets a mode for its workloads of `service` by which they are called by mTLS.
     pub(crate) fn has_override(&self, service: &ServiceName) -> bool {
         let endpoints = self.endpoints.get(service).into_iter().flat_map(BTreeMap::values);
-        endpoints.flat_map(BTreeMap::values).any(|mode| mode.is_some_and(|mode| mode != MtlsMode::Off))
+        endpoints.flat_map(BTreeMap::values).any(|peer| peer.mode.is_some_and(|mode| mode != MtlsMode::Off))
     }
 
     /// Returns the enrolled nodes with all of `labels`, which a rule of an `Access` document names.
@@ -118,20 +126,14 @@ impl Peers {
     }
 
     fn add_endpoints(&mut self, report: &NodeReport, documents: &[Arc<PlacedDocument<NodeDocument>>]) {
-        for (service, address, mode) in entries(report, documents) {
-            self.add_endpoint(&service, address, &report.name, mode);
+        for (service, address, peer) in entries(report, documents) {
+            self.add_endpoint(&service, address, &report.name, peer);
         }
     }
 
-    fn add_endpoint(
-        &mut self,
-        service: &ServiceName,
-        address: SocketAddr,
-        node: &NodeName,
-        mode: Option<MtlsMode>,
-    ) {
+    fn add_endpoint(&mut self, service: &ServiceName, address: SocketAddr, node: &NodeName, peer: Peer) {
         let addresses = self.endpoints.entry(service.clone()).or_default();
-        addresses.entry(address).or_default().insert(node.clone(), mode);
+        addresses.entry(address).or_default().insert(node.clone(), peer);
     }
 
     fn remove_endpoint(&mut self, service: &ServiceName, address: SocketAddr, node: &NodeName) {
@@ -158,20 +160,21 @@ pub(crate) fn is_granted(report: &NodeReport, service: &ServiceName) -> bool {
     report.identity.as_ref().is_some_and(|identity| identity.services.contains(service))
 }
 
-/// Returns the endpoints of a node that can be called by mTLS, with the mode that its `Node` documents set.
+/// Returns the endpoints of a node that can be called by mTLS.
 fn entries(
     report: &NodeReport,
     documents: &[Arc<PlacedDocument<NodeDocument>>],
-) -> BTreeSet<(ServiceName, SocketAddr, Option<MtlsMode>)> {
-    let Some(address) = report.address.filter(|_| report.mtls_ready && report.client == Client::Envoy) else {
+) -> BTreeSet<(ServiceName, SocketAddr, Peer)> {
+    let Some(address) = report.address.filter(|_| report.client == Client::Envoy) else {
         return BTreeSet::new();
     };
     let mode = documents.iter().rev().find_map(|document| document.mtls).map(|mtls| mtls.mode);
+    let peer = Peer { is_ready: report.mtls_ready, mode };
     let granted = report.workloads.iter().filter(|workload| is_granted(report, &workload.service));
     granted
         .flat_map(|workload| {
             registered_addresses(workload, address.to_canonical())
-                .map(|address| (workload.service.clone(), address, mode))
+                .map(|address| (workload.service.clone(), address, peer))
         })
         .collect()
 }

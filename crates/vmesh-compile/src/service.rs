@@ -183,12 +183,20 @@ fn split_by_tls(name: &ServiceName, endpoints: &[Endpoint], mode: MtlsMode, peer
     let mut split = TlsSplit { by_mtls: BTreeSet::new(), left_out: BTreeSet::new() };
     for endpoint in endpoints {
         let address = endpoint.address;
-        match peers.endpoint(name, address) {
-            Some(of_node) if mode.max(of_node.unwrap_or_default()) != MtlsMode::Off => {
-                split.by_mtls.insert(address);
+        let Some(peer) = peers.endpoint(name, address) else {
+            if mode == MtlsMode::Strict {
+                split.left_out.insert(address);
             }
-            None if mode == MtlsMode::Strict => _ = split.left_out.insert(address),
-            _ => {}
+            continue;
+        };
+        let by_mtls = match mode.max(peer.mode.unwrap_or_default()) {
+            MtlsMode::Off => false,
+            MtlsMode::Permissive => peer.is_ready,
+            // Plaintext would be refused. A node whose agent restarts is not ready for a moment, though its Envoy is.
+            MtlsMode::Strict => true,
+        };
+        if by_mtls {
+            split.by_mtls.insert(address);
         }
     }
     split
@@ -198,8 +206,8 @@ fn left_out(world: &World, name: &ServiceName, addresses: &BTreeSet<SocketAddr>,
     let some: Vec<_> = addresses.iter().take(3).map(SocketAddr::to_string).collect();
     let more = if addresses.len() > some.len() { " and more" } else { "" };
     let message = format!(
-        "{} of {all} endpoints are left out ({}{more}): its mode of mTLS is strict, and they are workloads of no enrolled node that \
-         is ready for mTLS; `vmeshctl explain` says why for each",
+        "{} of {all} endpoints are left out ({}{more}): its mode of mTLS is strict, and no enrolled node runs them; `vmeshctl \
+         explain` says why for each",
         addresses.len(),
         some.join(", ")
     );

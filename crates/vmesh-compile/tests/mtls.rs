@@ -228,9 +228,9 @@ fn the_operator_is_told_how_each_endpoint_is_called_and_why() {
         permissive: 10.0.0.3:8080 plaintext: node `orders-3` is not enrolled: its agent has no certificate
         permissive: 10.0.0.4:8080 plaintext: no node has the address 10.0.0.4
         strict: 10.0.0.1:8080 mtls: its mode is strict, and node `orders-1` is ready for it
-        strict: 10.0.0.2:8080 left out: node `orders-2` is not ready: its Envoy has not accepted its listener for mTLS yet
+        strict: 10.0.0.2:8080 mtls: its mode is strict, but node `orders-2` is not ready: its Envoy has not accepted its listener for mTLS yet
         strict: 10.0.0.3:8080 left out: node `orders-3` is not enrolled: its agent has no certificate
         strict: 10.0.0.4:8080 left out: no node has the address 10.0.0.4
-        strict: mesh.yaml:1:1: 3 of 4 endpoints are left out (10.0.0.2:8080, 10.0.0.3:8080, 10.0.0.4:8080): its mode of mTLS is strict, and they are workloads of no enrolled node that is ready for mTLS; `vmeshctl explain` says why for each
+        strict: mesh.yaml:1:1: 2 of 4 endpoints are left out (10.0.0.3:8080, 10.0.0.4:8080): its mode of mTLS is strict, and no enrolled node runs them; `vmeshctl explain` says why for each
         `web-1` is not enrolled: its agent has no certificate"#]].assert_eq(&told);
 }
