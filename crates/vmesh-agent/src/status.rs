@@ -108,6 +108,10 @@ impl StatusSources {
         accepted
     }
 
+    fn identity_now(&self) -> Option<IdentityStatus> {
+        self.identity.as_ref().map(|identity| identity.borrow().clone().at(SystemTime::now()))
+    }
+
     /// Returns why the node is not ready, or `None` if it is.
     fn unready(&self) -> Option<String> {
         let envoy = self.envoy.borrow();
@@ -182,7 +186,7 @@ async fn status(State(sources): State<StatusSources>) -> Json<serde_json::Value>
         "accepted": sources.accepted_now(),
         "envoy": *sources.envoy.borrow(),
         "capture": *sources.capture.borrow(),
-        "identity": sources.identity.as_ref().map(|identity| identity.borrow().clone()),
+        "identity": sources.identity_now(),
         "listen": {
             "api": *sources.api.borrow(),
             "dns": sources.dns.as_ref().map(|dns| dns.borrow().clone()),
@@ -259,8 +263,7 @@ impl Collector for StatusSources {
         let queries = count(&self.queries.udp) + count(&self.queries.tcp);
         counter("vmesh_agent_dns_queries", "Questions for names", queries)?;
         counter("vmesh_agent_dns_dropped", "Questions that got no answer", count(&self.queries.dropped))?;
-        let identity = self.identity.as_ref().map(|identity| identity.borrow().clone());
-        credentials::status::encode(identity.as_ref(), &mut encoder)?;
+        credentials::status::encode(self.identity_now().as_ref(), &mut encoder)?;
         let help = "Resources that Envoy accepted";
         let mut family =
             encoder.encode_descriptor("vmesh_agent_accepted_resources", help, None, MetricType::Gauge)?;

@@ -142,11 +142,7 @@ impl NodeCredentials {
 
     /// Returns the rest of the validity as a share of all of it: 1 when the certificates were issued, 0 when the first has expired.
     pub fn share_left(&self, now: SystemTime) -> f64 {
-        let left = self.not_after().duration_since(now).unwrap_or_default();
-        match self.lifetime() {
-            Duration::ZERO => 0.0,
-            lifetime => left.as_secs_f64() / lifetime.as_secs_f64(),
-        }
+        status::share_left(self.not_after(), self.lifetime(), now)
     }
 
     /// Returns the TLS settings of connections to control planes.

@@ -54,6 +54,16 @@ pub struct IdentityStatus {
     pub why_not_saved: Option<String>,
     pub renewals: u64,
     pub failures: u64,
+    /// The validity of the certificates, from which [`IdentityStatus::at`] computes.
+    #[serde(skip)]
+    validity: Option<Validity>,
+}
+
+/// The validity of all certificates of a node together.
+#[derive(Debug, Clone, Copy)]
+struct Validity {
+    not_after: SystemTime,
+    lifetime: Duration,
 }
 
 /// One certificate.
@@ -80,17 +90,28 @@ impl IdentityStatus {
         self.not_granted = configured.not_granted(&credentials.granted);
         self.bundle = Some(credentials.bundle.version());
         self.roots = credentials.bundle.roots().len();
+        self.stage = IdentityStage::Valid;
+        self.validity =
+            Some(Validity { not_after: credentials.not_after(), lifetime: credentials.lifetime() });
     }
 
-    /// Sets the fields that change with time alone.
-    pub fn show_time(&mut self, credentials: &NodeCredentials, now: SystemTime) {
-        let share = credentials.share_left(now).clamp(0.0, 1.0);
-        self.percent_left = Some((share * 100.0) as u8);
-        self.stage = match credentials.not_after() <= now {
-            true => IdentityStage::Expired,
-            false => IdentityStage::Valid,
-        };
+    /// Returns the status at the time `now`: some fields change with time alone.
+    pub fn at(mut self, now: SystemTime) -> IdentityStatus {
+        if let Some(Validity { not_after, lifetime }) = self.validity {
+            let share = share_left(not_after, lifetime, now);
+            self.percent_left = Some((share.min(1.0) * 100.0) as u8);
+            if not_after <= now {
+                self.stage = IdentityStage::Expired;
+            }
+        }
+        self
     }
+}
+
+/// Returns the rest of a validity that ends at `not_after` as a share of all of it: 1 when it begins, 0 when it has ended.
+pub(super) fn share_left(not_after: SystemTime, lifetime: Duration, now: SystemTime) -> f64 {
+    let left = not_after.duration_since(now).unwrap_or_default();
+    if lifetime.is_zero() { 0.0 } else { left.as_secs_f64() / lifetime.as_secs_f64() }
 }
 
 /// Writes the metrics of an identity. A node that needs none has the metrics without values.

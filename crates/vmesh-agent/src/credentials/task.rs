@@ -84,6 +84,8 @@ pub struct Enrolment {
     /// The replicas with mTLS, in the order in which the node asks them.
     pub replicas: Vec<ControlPlane>,
     pub store: CredentialStore,
+    /// The seconds by which the clock of the control plane that answered last is ahead of this host's.
+    clock_skew: Option<i64>,
 }
 
 impl Enrolment {
@@ -95,6 +97,7 @@ impl Enrolment {
             configured: ConfiguredServices::of(config),
             replicas,
             store: CredentialStore::new(&config.state_dir),
+            clock_skew: None,
         }
     }
 
@@ -111,6 +114,7 @@ impl Enrolment {
         };
         let trust = || ServerTrust::Pin(token.pin);
         let asked = self.ask::<_, JoinAnswer>(JOIN_PATH, &request, || client_config(None, trust())).await?;
+        self.clock_skew = Some(asked.clock_skew(asked.answer.now));
         let TimedAnswer { answer, asked_at, answered_at } = asked;
         let trust_domain: TrustDomain = answer
             .trust_domain
@@ -160,6 +164,7 @@ impl Enrolment {
             }
         }
         let asked = self.ask::<_, RenewAnswer>(RENEW_PATH, &request, || old.client_config()).await?;
+        self.clock_skew = Some(asked.clock_skew(asked.answer.now));
         let TimedAnswer { answer, asked_at, answered_at } = asked;
         if answer.trust_domain != old.trust_domain.as_str() {
             let (theirs, ours) = (answer.trust_domain.clone(), old.trust_domain.clone());
@@ -383,7 +388,7 @@ impl IdentityTask {
         renewed: TimedAnswer<NodeCredentials>,
         answer: &RenewAnswer,
     ) {
-        self.report_clock(&renewed, answer.now);
+        self.report_clock();
         let has_certificates = renewed.answer.issued != old.issued;
         let is_changed =
             has_certificates || renewed.answer.bundle != old.bundle || renewed.answer.granted != old.granted;
@@ -455,6 +460,7 @@ impl IdentityTask {
     async fn join(&mut self, token: &JoinToken, path: PathBuf) -> Result<(), RenewError> {
         self.channels.status.send_modify(|status| status.stage = IdentityStage::Joining);
         let joined = self.enrolment.join(token).await?;
+        self.report_clock();
         let credentials = Arc::new(joined.answer);
         info!(id = %credentials.node.id, "joined the mesh");
         self.save(&credentials).await;
@@ -496,14 +502,12 @@ impl IdentityTask {
                 );
             }
             status.show(credentials, &self.enrolment.configured);
-            status.show_time(credentials, SystemTime::now());
         });
     }
 
-    /// Reports how much of the validity is left, and warns when it is little.
+    /// Warns when little of the validity is left.
     fn report_time(&mut self, credentials: &NodeCredentials) {
         let now = SystemTime::now();
-        self.channels.status.send_modify(|status| status.show_time(credentials, now));
         if let Some(percent) = self.alarm.check(credentials.share_left(now)) {
             let problem = self.channels.status.borrow().problem.clone().unwrap_or_default();
             let left = credentials.not_after().duration_since(now).unwrap_or_default().as_secs();
@@ -513,7 +517,9 @@ impl IdentityTask {
         }
     }
 
-    fn report_failure(&self, error: &RenewError) {
+    fn report_failure(&mut self, error: &RenewError) {
+        // A wrong clock is a likely cause.
+        self.report_clock();
         let text = one_line(error);
         let mut is_news = false;
         self.channels.status.send_modify(|status| {
@@ -552,8 +558,8 @@ impl IdentityTask {
         }
     }
 
-    fn report_clock<A>(&mut self, timed: &TimedAnswer<A>, theirs: u64) {
-        let skew = timed.clock_skew(theirs);
+    fn report_clock(&mut self) {
+        let Some(skew) = self.enrolment.clock_skew else { return };
         let is_far = skew.unsigned_abs() > SKEW_TOLERATED.as_secs();
         if is_far && !self.skew_is_reported {
             warn!(

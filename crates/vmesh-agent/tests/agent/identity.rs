@@ -57,6 +57,8 @@ struct MeshState {
     lifetimes: Lifetimes,
     /// Roots that are trusted beside the issuer's.
     more_roots: Vec<Root>,
+    /// Seconds by which the clock of the control plane is ahead.
+    clock_skew: u64,
     joins: usize,
     renewals: usize,
     bundles_in_use: BTreeSet<String>,
@@ -107,6 +109,7 @@ impl Mesh {
             ledger: TokenLedger::from_records([]),
             lifetimes: Lifetimes { leaf, ..Lifetimes::default() },
             more_roots: Vec::new(),
+            clock_skew: 0,
             joins: 0,
             renewals: 0,
             bundles_in_use: BTreeSet::new(),
@@ -240,7 +243,7 @@ fn join(body: &Bytes, issuer: &Issuer, state: &mut MeshState) -> Result<String, 
         granted: grant.services,
         bundle: bundle(issuer, state).to_pem(),
         trust_domain: issuer.trust_domain().to_string(),
-        now: unix_now(),
+        now: unix_now() + state.clock_skew,
     };
     Ok(serde_json::to_string(&answer).unwrap())
 }
@@ -287,7 +290,7 @@ fn renew(
         "granted": granted,
         "bundle": bundle(issuer, state).to_pem(),
         "trust_domain": issuer.trust_domain(),
-        "now": unix_now(),
+        "now": unix_now() + state.clock_skew,
     });
     Ok(answer.to_string())
 }
@@ -609,6 +612,42 @@ async fn a_refusal_is_shown_and_an_identity_that_the_command_writes_is_found() {
     node.status("the identity that the command has written", is_valid).await;
     let output = run(mesh.token("web-1", &["orders"])).await.unwrap();
     assert!(String::from_utf8_lossy(&output.stdout).contains("already; no token was used"), "{output:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_expired_identity_stays_until_a_new_token_gives_another() {
+    let mut node = MeshNode::new();
+    let mut mesh = Mesh::start(node.control_plane(), Duration::from_secs(4)).await;
+    mesh.state.lock().unwrap().clock_skew = 100;
+    let app = HttpApp::start("one", "v1", node.place.at(8080)).unwrap();
+    mesh.publish(node.resources(&app));
+    std::fs::write(node.token_file(), mesh.token("web-1", &["orders"])).unwrap();
+    node.start();
+    let status = node.status("readiness", |status| status["identity"]["mtls_ready"] == true).await;
+    let skew = status["identity"]["clock_skew"].as_i64().unwrap();
+    assert!((95..=105).contains(&skew), "{skew}");
+
+    mesh.stop().await;
+    let status = node.status("the expiry", |status| status["identity"]["stage"] == "expired").await;
+    assert_eq!(status["identity"]["percent_left"], 0);
+    let needs_token = |status: &Value| {
+        status["identity"]["problem"].as_str().is_some_and(|text| text.contains("a new token is needed"))
+    };
+    node.status("a call for a token", needs_token).await;
+    let file = node.place.dir.join("state/identity/identity.json");
+    assert!(file.exists(), "the expired certificate stays");
+    let output = node.daemon.as_ref().unwrap().output();
+    assert!(output.contains("less than 10 % of their validity is left"), "{output}");
+    assert!(output.contains("s ahead of this host's"), "{output}");
+
+    mesh.listen().await;
+    mesh.state.lock().unwrap().lifetimes.leaf = Duration::from_secs(3600);
+    std::fs::write(node.token_file(), mesh.token("web-1", &["orders"])).unwrap();
+    node.status("another identity", is_valid).await;
+    let in_use = node.control_plane().to_string();
+    node.status("a stream", |status| status["control_plane"]["in_use"] == *in_use).await;
+    assert_eq!(mesh.seen(|state| state.joins), 2);
+    assert_eq!(node.dial(&mesh).await.unwrap().0, "spiffe://mesh.example/service/orders");
 }
 
 #[tokio::test(flavor = "multi_thread")]
