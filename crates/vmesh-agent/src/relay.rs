@@ -547,8 +547,8 @@ impl RelayDriver {
 
     fn on_downstream_event(&mut self, events: DownstreamEvent) {
         match events {
-            DownstreamEvent::Connected(number, feed) => {
-                self.secrets.on_connected(number, feed, &self.hub);
+            DownstreamEvent::Connected(number, client) => {
+                self.secrets.on_connected(number, client, &self.hub);
                 self.clients.insert(number, self.relay.on_client_connected());
             }
             DownstreamEvent::Disconnected(number) => {

@@ -198,8 +198,8 @@ impl Enrolment {
         Ok((TimedAnswer { answer: new, asked_at, answered_at }, answer))
     }
 
-    /// Sends a request to one replica after the other until one answers, which is the first of the next request. Returns
-    /// the error of the replica that refused, or else the last one.
+    /// Sends a request to one replica after the other until one answers, which is the first of the next request. Of several failures, a
+    /// refusal is returned; not so for a join, because each replica that did not create the token refuses it.
     async fn ask<Q: Serialize, A: DeserializeOwned>(
         &mut self,
         path: &str,
@@ -217,8 +217,8 @@ impl Enrolment {
                 }
                 Err(error) => {
                     debug!("{}", one_line(&error));
-                    let is_refused = matches!(failure, Some(RequestError::Refused { .. }));
-                    if !is_refused {
+                    let is_refusal = matches!(error, RequestError::Refused { .. });
+                    if failure.is_none() || is_refusal == (path != JOIN_PATH) {
                         failure = Some(error);
                     }
                 }

@@ -13,10 +13,17 @@ use crate::credentials::secrets::SecretReaders;
 
 /// An event on one of the xDS streams of Envoy, with the number of the stream.
 pub(super) enum DownstreamEvent {
-    /// A client has connected. A client that may have secrets has a handle on its scope.
-    Connected(u64, Option<FeedControl>),
+    Connected(u64, AdmittedClient),
     Event(u64, Event),
     Disconnected(u64),
+}
+
+/// The rights of a client.
+pub(super) enum AdmittedClient {
+    /// The client may have secrets, which are put into its scope.
+    WithSecrets(FeedControl),
+    /// The client is of another user, whose number is known on a Unix socket.
+    WithoutSecrets(Option<u32>),
 }
 
 /// Admits every client: the mode of the socket decides who may connect. Secrets are for Envoy's user, for root, and for the agent's user.
@@ -38,8 +45,11 @@ impl Admission for EnvoyAdmission {
             false => Arc::new(Scope::all()),
         };
         let feed = self.hub.subscribe(CLASS, scope);
-        let control = may_have_secrets.then(|| feed.control());
-        _ = self.events.send(DownstreamEvent::Connected(number, control));
+        let client = match may_have_secrets {
+            true => AdmittedClient::WithSecrets(feed.control()),
+            false => AdmittedClient::WithoutSecrets(peer.uid),
+        };
+        _ = self.events.send(DownstreamEvent::Connected(number, client));
         Ok(Admitted { feed, observer: Box::new(EnvoyObserver { number, events: self.events.clone() }) })
     }
 }

@@ -3,15 +3,22 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
+use tracing::warn;
 use vmesh_xds::server::{FeedControl, Hub, Publication};
 use vmesh_xds::{Event, Kind, Relay, Resource, Scope};
 
 use super::CLASS;
+use super::admission::AdmittedClient;
 use crate::credentials::secrets::{self, TRUST_BUNDLE, TakenSecrets};
 use crate::credentials::status::IdentityStatus;
 use crate::credentials::{ConfiguredServices, CredentialsReceiver, NodeCredentials};
+
+/// The interval of warnings about clients that may not have secrets and ask for them.
+const REPORTS_EVERY: Duration = Duration::from_secs(60);
 
 /// The identity of the node, for the relay.
 pub struct RelayIdentity {
@@ -34,6 +41,9 @@ pub(super) struct SecretServer {
     taken: TakenSecrets,
     /// The streams of clients that may have secrets.
     feeds: BTreeMap<u64, FeedControl>,
+    /// The streams of other clients that have not asked for secrets, with the clients' users.
+    strangers: BTreeMap<u64, Option<u32>>,
+    reported_at: Option<Instant>,
     /// True if Envoy has the listener for mTLS, whose connections need the trust bundle.
     has_listener: bool,
     /// True if Envoy accepts mTLS connections of other nodes.
@@ -54,6 +64,8 @@ impl SecretServer {
             bundle: None,
             taken: TakenSecrets::default(),
             feeds: BTreeMap::new(),
+            strangers: BTreeMap::new(),
+            reported_at: None,
             has_listener: false,
             is_ready: false,
         };
@@ -105,8 +117,14 @@ impl SecretServer {
         true
     }
 
-    pub(super) fn on_connected(&mut self, stream: u64, feed: Option<FeedControl>, hub: &Hub) {
-        let Some(feed) = feed else { return };
+    pub(super) fn on_connected(&mut self, stream: u64, client: AdmittedClient, hub: &Hub) {
+        let feed = match client {
+            AdmittedClient::WithSecrets(feed) => feed,
+            AdmittedClient::WithoutSecrets(uid) => {
+                self.strangers.insert(stream, uid);
+                return;
+            }
+        };
         // The secrets may have changed since the client was admitted.
         let scope = self.with_secrets.borrow().clone();
         hub.publish_all(Publication::new().scope(&feed, CLASS, scope));
@@ -114,15 +132,32 @@ impl SecretServer {
     }
 
     pub(super) fn on_event(&mut self, stream: u64, event: &Event) {
-        // Clients without secrets may subscribe to them, and wait for ever.
-        if event.kind() == Kind::Secret && self.feeds.contains_key(&stream) {
+        if event.kind() != Kind::Secret {
+            return;
+        }
+        // A client without secrets may subscribe to them, and waits for ever.
+        if let Some(uid) = self.strangers.remove(&stream) {
+            self.report_stranger(uid);
+        } else if self.feeds.contains_key(&stream) {
             self.taken.on_event(stream, event);
             self.publish_state();
         }
     }
 
+    /// Reports a client of another user that asks for secrets, at most once in a minute.
+    fn report_stranger(&mut self, uid: Option<u32>) {
+        if self.reported_at.is_none_or(|at| at.elapsed() >= REPORTS_EVERY) {
+            self.reported_at = Some(Instant::now());
+            warn!(
+                uid,
+                "a client of xds.sock asks for certificates and gets none: they are for Envoy's user alone"
+            );
+        }
+    }
+
     pub(super) fn on_disconnected(&mut self, stream: u64) {
         self.feeds.remove(&stream);
+        self.strangers.remove(&stream);
         self.taken.on_disconnected(stream);
         self.publish_state();
     }

@@ -675,6 +675,11 @@ async fn another_user_gets_no_secret() {
         let stream = AdsStream::over(tokio::net::UnixStream::from_std(connection).unwrap());
         assert_eq!(secrets_of(stream.await.unwrap(), expected).await.len(), expected);
     }
+    let output = node.daemon.as_ref().unwrap().output();
+    assert!(
+        output.contains("asks for certificates and gets none") && output.contains("uid=4242"),
+        "{output}"
+    );
 }
 
 /// Subscribes to all secrets of the node, and returns the names of those that come before `expected` have come and another question is
