@@ -462,6 +462,20 @@ async fn access_documents_decide_who_calls_what_and_an_edit_touches_no_listener(
         }
     };
     wait_for("the audit to count", BOUND, shadow).await?;
+    // The output of Envoy names the callers who were or would have been refused.
+    let listed = async || match nodes.envoys["orders-1"].0.output() {
+        output if output.contains(r#""audit":"denied""#) => Ok(output),
+        output => Err(output),
+    };
+    let output = wait_for("the refusal to be logged", BOUND, listed).await?;
+    let lines: Vec<_> = output.lines().filter(|line| line.contains(r#""vmesh":"access""#)).collect();
+    let audited = lines.iter().find(|line| line.contains(r#""audit":"denied""#)).copied().unwrap_or_default();
+    for part in
+        [r#""caller":"spiffe://mesh.test/service/web""#, r#""node":"web-1.node.mesh.test""#, r#""path":"/""#]
+    {
+        assert!(audited.contains(part), "{audited}");
+    }
+    assert!(lines.iter().any(|line| line.contains(r#""enforced":"denied""#)), "{output}");
     assert_eq!(nodes.stat("orders-1", "listener_manager.listener_modified").await?, modified);
     assert_eq!(nodes.stat("orders-1", "listener_manager.listener_in_place_updated").await?, in_place);
     assert!(nodes.app.requests() > 0);

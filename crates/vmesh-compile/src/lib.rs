@@ -33,6 +33,7 @@ mod listener;
 mod node;
 mod owners;
 mod peers;
+mod refusals;
 mod route;
 mod service;
 mod tls;

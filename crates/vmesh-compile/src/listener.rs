@@ -39,6 +39,7 @@ use vmesh_proto::{any, boolean, duration};
 use crate::cluster::ads;
 use crate::effective::EffectiveSettings;
 use crate::endpoints::socket_address;
+use crate::refusals;
 use crate::route::Share;
 
 /// The name of the filter that handles HTTP.
@@ -67,6 +68,8 @@ pub(crate) struct NetworkFilters(Vec<Filter>);
 pub(crate) struct InboundChecks {
     /// Filters whose configuration comes by ECDS: its name, and the type URL of its content.
     pub(crate) filters: Vec<(String, String)>,
+    /// The service whose refused requests are logged.
+    pub(crate) service: Option<ServiceName>,
     /// HTTP requests tell the application the caller's SPIFFE id, in `x-forwarded-client-cert`.
     pub(crate) tells_caller: bool,
 }
@@ -108,6 +111,7 @@ pub(crate) fn forward_to_application(
     if protocol.is_http() {
         let mut manager = http_manager(stat, Routes::Inline(Box::new(route_all_to(cluster))), idle);
         manager.http_filters = checks.http_filters().chain(manager.http_filters).collect();
+        manager.access_log = checks.service.iter().map(|service| refusals::log(service.as_str())).collect();
         if checks.tells_caller {
             manager.forward_client_cert_details = ForwardClientCertDetails::SanitizeSet.into();
             manager.set_current_client_cert_details =

@@ -194,7 +194,8 @@ impl<'a> NodeBuilder<'a> {
         let of_tokens = level == FilterLevel::Http && jwt::is_used(self.world, service);
         let of_tokens = of_tokens.then(|| (jwt::filter_name(service), jwt::type_url()));
         let of_rules = (access::filter_name(service, level), level.type_url());
-        InboundChecks { filters: of_tokens.into_iter().chain([of_rules]).collect(), tells_caller: by_mtls }
+        let filters = of_tokens.into_iter().chain([of_rules]).collect();
+        InboundChecks { filters, service: Some(service.clone()), tells_caller: by_mtls }
     }
 
     /// Adds the configuration of the filters that check callers. An edit of an `Access` document changes only these.

@@ -83,6 +83,11 @@ pub mod envoy {
                     include!("envoy.extensions.access_loggers.file.v3.rs");
                 }
             }
+            pub mod stream {
+                pub mod v3 {
+                    include!("envoy.extensions.access_loggers.stream.v3.rs");
+                }
+            }
         }
         pub mod filters {
             pub mod http {
