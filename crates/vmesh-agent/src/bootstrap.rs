@@ -50,6 +50,8 @@ const STATS: &[(&str, &str)] = &[
     ("suffix", "ejections_enforced_total"),
     ("suffix", "ssl.handshake"),
     ("suffix", "ssl.connection_error"),
+    ("suffix", "rbac.denied"),
+    ("suffix", "rbac.shadow_denied"),
     ("suffix", "update_rejected"),
     ("suffix", "update_success"),
     ("suffix", "init_fetch_timeout"),
