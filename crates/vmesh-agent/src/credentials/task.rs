@@ -331,7 +331,12 @@ impl IdentityTask {
                 Some(credentials) if !credentials.node.is_expired(SystemTime::now()) => {
                     self.keep_valid(&credentials).await;
                 }
-                expired => self.obtain(expired).await,
+                expired => {
+                    if let Some(expired) = &expired {
+                        self.report_time(expired);
+                    }
+                    self.obtain(expired).await;
+                }
             }
         }
     }

@@ -210,7 +210,7 @@ impl SecretServer {
 
     fn publish_state(&self) {
         let bundle = self.served.iter().find(|secret| **secret.name() == *TRUST_BUNDLE);
-        // While Envoy is away, or is about to connect again to an agent that was restarted, the bundle that it uses is not known.
+        // The agent does not know which bundle Envoy uses while Envoy is not connected.
         if bundle.is_some_and(|bundle| self.taken.have_all(bundle, self.has_listener)) {
             self.identity.bundle_in_use.send_if_modified(|in_use| {
                 let is_news = *in_use != self.bundle;
