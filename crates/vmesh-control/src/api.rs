@@ -1,12 +1,15 @@
 //! The HTTP API. Over TCP it is read-only. Requests that change something are served only on the Unix socket,
 //! whose file permissions decide who may connect.
 
+mod identity;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::body::Bytes;
-use axum::extract::{Path, Query, State};
-use axum::http::StatusCode;
+use axum::extract::{Path, Query, Request, State};
+use axum::http::{Method, StatusCode};
+use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
@@ -17,8 +20,10 @@ use vmesh_api::{
     Service, ServiceEndpoint, SourceSelector, Status,
 };
 use vmesh_catalog::World;
+use vmesh_daemon::connections::Origin;
 use vmesh_model::{NodeName, ServiceName};
 
+use crate::audit::{AuditEvent, Outcome};
 use crate::control::{self, Control};
 use crate::discovery::ActionError;
 use crate::streamed;
@@ -30,15 +35,43 @@ pub(crate) fn read_only(control: Arc<Control>, registry: Arc<Registry>) -> Route
     let mut routes = routes(registry)
         .route("/api/v1/nodes", get(nodes).delete(async || read_only_error()))
         .route("/api/v1/nodes/{name}", delete(async || read_only_error()));
-    for what in ["accept", "evict", "admit", "freeze", "thaw"] {
-        routes = routes.route(&format!("/api/v1/discovery/{what}"), post(async || read_only_error()));
+    for action in ["accept", "evict", "admit", "freeze", "thaw"] {
+        routes = routes.route(&format!("/api/v1/discovery/{action}"), post(async || read_only_error()));
     }
-    routes.with_state(control)
+    audited(routes.merge(identity::read_only()), &control).with_state(control)
 }
+
+/// Records the requests that change something, and those that are refused.
+fn audited(routes: Router<Arc<Control>>, control: &Arc<Control>) -> Router<Arc<Control>> {
+    routes.layer(middleware::from_fn_with_state(control.clone(), audit))
+}
+
+async fn audit(State(control): ControlState, request: Request, next: Next) -> Response {
+    if matches!(*request.method(), Method::GET | Method::HEAD) {
+        return next.run(request).await;
+    }
+    let origin = request.extensions().get::<Origin>().copied();
+    let action = format!("{} {}", request.method(), request.uri().path());
+    let response = next.run(request).await;
+    let status = response.status();
+    let outcome = match status {
+        _ if status.is_success() => Outcome::Done,
+        StatusCode::METHOD_NOT_ALLOWED | StatusCode::FORBIDDEN => Outcome::Denied,
+        _ => Outcome::Failed,
+    };
+    let detail =
+        response.extensions().get::<AuditDetail>().map(|detail| detail.0.clone()).unwrap_or_default();
+    control.identities.audit.record(AuditEvent::of_request(origin, &action, outcome, &detail));
+    response
+}
+
+/// The part of a response that the audit log shows.
+#[derive(Debug, Clone)]
+struct AuditDetail(String);
 
 /// Returns all routes, including those that change something.
 pub(crate) fn full(control: Arc<Control>, registry: Arc<Registry>) -> Router {
-    routes(registry)
+    let routes = routes(registry)
         .route("/api/v1/nodes", get(nodes).delete(forget_offline))
         .route("/api/v1/nodes/{name}", delete(forget))
         .route("/api/v1/discovery/accept", post(accept))
@@ -46,7 +79,8 @@ pub(crate) fn full(control: Arc<Control>, registry: Arc<Registry>) -> Router {
         .route("/api/v1/discovery/admit", post(admit))
         .route("/api/v1/discovery/freeze", post(freeze))
         .route("/api/v1/discovery/thaw", post(thaw))
-        .with_state(control)
+        .merge(identity::full());
+    audited(routes, &control).with_state(control)
 }
 
 fn routes(registry: Arc<Registry>) -> Router<Arc<Control>> {
@@ -73,7 +107,20 @@ fn read_only_error() -> Response {
 }
 
 fn failure(status: StatusCode, error: impl Into<String>) -> Response {
-    (status, Json(Failure { error: error.into() })).into_response()
+    let error = error.into();
+    let detail = AuditDetail(error.clone());
+    let mut response = (status, Json(Failure { error })).into_response();
+    response.extensions_mut().insert(detail);
+    response
+}
+
+/// Answers that an action was done.
+fn done(text: impl Into<String>) -> Response {
+    let text = text.into();
+    let detail = AuditDetail(text.clone());
+    let mut response = Json(ActionResult { done: text }).into_response();
+    response.extensions_mut().insert(detail);
+    response
 }
 
 /// Answers whether the control plane is ready: every source has answered, or has failed and its last good
@@ -209,7 +256,7 @@ fn parse_body<T: DeserializeOwned>(body: &[u8]) -> Result<T, Box<Response>> {
 
 fn answer_action(outcome: Result<String, ActionError>) -> Response {
     match outcome {
-        Ok(done) => Json(ActionResult { done }).into_response(),
+        Ok(text) => done(text),
         Err(error @ ActionError::Unknown(_)) => failure(StatusCode::NOT_FOUND, error.to_string()),
         Err(error @ ActionError::Conflict(_)) => failure(StatusCode::CONFLICT, error.to_string()),
     }
@@ -223,7 +270,7 @@ async fn forget(State(control): ControlState, Path(name): Path<String>) -> Respo
         );
     };
     match control.forget(&name) {
-        Ok(()) => Json(ActionResult { done: format!("node `{name}` is forgotten") }).into_response(),
+        Ok(()) => done(format!("node `{name}` is forgotten")),
         Err(why) => failure(StatusCode::CONFLICT, why),
     }
 }
@@ -239,7 +286,7 @@ async fn forget_offline(
         Ok(longer) => {
             let forgotten = control.fleet().forget_offline_for(longer);
             let nodes = if forgotten == 1 { "node is" } else { "nodes are" };
-            Json(ActionResult { done: format!("{forgotten} {nodes} forgotten") }).into_response()
+            done(format!("{forgotten} {nodes} forgotten"))
         }
         Err(wrong) => failure(StatusCode::BAD_REQUEST, format!("offline_for: {wrong}")),
     }

@@ -7,10 +7,12 @@ use std::time::Duration;
 use serde::Deserialize;
 use vmesh_daemon::{connections, descriptors, fsx, http};
 use vmesh_discovery::SourceConfig;
+use vmesh_identity::TrustDomain;
 use vmesh_model::text::Time;
 use vmesh_model::{Place, Problem, load};
 
 use crate::documents::DocumentsConfig;
+use crate::identity::IdentitySettings;
 use crate::known_nodes::NodeLimits;
 use crate::persist;
 
@@ -20,7 +22,7 @@ use crate::persist;
 pub(crate) struct Config {
     /// The SPIFFE trust domain of the mesh.
     #[serde(default = "trust_domain")]
-    pub(crate) trust_domain: String,
+    pub(crate) trust_domain: TrustDomain,
     /// The discovery sources. If two list the same endpoint, the first one's entry is used.
     pub(crate) discovery: Vec<SourceConfig>,
     /// The location of the mesh documents. `None`: there are none.
@@ -34,6 +36,9 @@ pub(crate) struct Config {
     pub(crate) log: Option<String>,
     #[serde(default)]
     pub(crate) limits: Limits,
+    /// The certificates that this control plane issues.
+    #[serde(default)]
+    pub(crate) identity: IdentitySettings,
 }
 
 /// The limits for clients.
@@ -106,7 +111,7 @@ const PENDING: usize = 1024;
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Listen {
-    /// The address for mTLS, from agents and proxies. Not served by this version.
+    /// The address for mTLS, from agents and proxies. It serves nobody until there is a certificate authority.
     pub(crate) xds: Option<SocketAddr>,
     #[serde(default = "xds_plaintext")]
     pub(crate) xds_plaintext: SocketAddr,
@@ -120,8 +125,8 @@ pub(crate) struct Listen {
     pub(crate) insecure: bool,
 }
 
-fn trust_domain() -> String {
-    "mesh.internal".to_owned()
+fn trust_domain() -> TrustDomain {
+    TrustDomain::default()
 }
 
 fn state_dir() -> PathBuf {
@@ -188,6 +193,7 @@ impl Config {
                 wrong(format!("`limits.{field}: 0` would let nobody in: leave it out for the default"));
             }
         }
+        config.identity.problems().into_iter().for_each(&mut wrong);
         if config.discovery.is_empty() {
             wrong("`discovery` names no source: without one there are no services".to_owned());
         }
@@ -228,6 +234,9 @@ impl Config {
             Some(documents) => text.push_str(&format!("documents      {documents}\n")),
             None => text.push_str("documents      none\n"),
         }
+        if let Some(xds) = self.listen.xds {
+            text.push_str(&format!("xDS            {xds} (mTLS)\n"));
+        }
         text.push_str(&format!(
             "xDS            {} (plaintext)\nAPI            http://{} and {}\nstate          {}\n",
             self.listen.xds_plaintext,
@@ -265,6 +274,7 @@ mod tests {
                 trust domain   example.internal
                 discovery      file:/etc/vmesh/services.d
                 documents      /etc/vmesh/mesh.d
+                xDS            0.0.0.0:15012 (mTLS)
                 xDS            127.0.0.1:15010 (plaintext)
                 API            http://127.0.0.1:15014 and /var/lib/vmesh-control/api.sock
                 state          /var/lib/vmesh-control

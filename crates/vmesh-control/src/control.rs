@@ -16,6 +16,7 @@ use crate::compilation::Compilation;
 use crate::discovery::OperatorActions;
 use crate::explain::{self, NodeStatus};
 use crate::fleet::{Fleet, node_status};
+use crate::identity::IdentityService;
 use crate::metrics::Propagation;
 use crate::persist::WriteStatus;
 use crate::time::unix_now;
@@ -23,7 +24,7 @@ use crate::worlds::{PublishedWorld, Sources};
 
 /// The published values that the API shows, and the actions that it offers.
 pub(crate) struct Control {
-    pub(crate) trust_domain: String,
+    pub(crate) identities: Arc<IdentityService>,
     started: Instant,
     published: watch::Receiver<PublishedWorld>,
     compiled: watch::Receiver<Arc<Compilation>>,
@@ -36,7 +37,7 @@ pub(crate) struct Control {
 
 impl Control {
     pub(crate) fn new(
-        trust_domain: String,
+        identities: Arc<IdentityService>,
         published: watch::Receiver<PublishedWorld>,
         compiled: watch::Receiver<Arc<Compilation>>,
         fleet: Arc<Fleet>,
@@ -45,7 +46,7 @@ impl Control {
         written: watch::Receiver<WriteStatus>,
     ) -> Control {
         let started = Instant::now();
-        Control { trust_domain, started, published, compiled, fleet, sources, actions, written }
+        Control { identities, started, published, compiled, fleet, sources, actions, written }
     }
 
     /// Returns the latest compilation.
@@ -106,6 +107,7 @@ impl Control {
         let mut all: BTreeSet<Problem> = self.world().problems.iter().cloned().collect();
         all.extend(self.compiled().configuration.problems());
         all.extend(self.fleet.problems());
+        all.extend(self.identities.problems());
         all.extend(self.written.borrow().problem());
         all.into_iter().collect()
     }
@@ -115,7 +117,7 @@ impl Control {
         let waiting_for = self.waiting_for();
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            trust_domain: self.trust_domain.clone(),
+            trust_domain: self.identities.trust_domain().to_string(),
             revision: world.revision.to_string(),
             uptime_seconds: self.started.elapsed().as_secs(),
             ready: waiting_for.is_empty(),

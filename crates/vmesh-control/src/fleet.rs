@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc, watch};
 use vmesh_api::{NodeCounts, NodeState};
 use vmesh_compile::NodeId;
+use vmesh_model::node::NodeIdentity;
 use vmesh_model::{NodeName, NodeReport, Place, Problem};
 use vmesh_proto::envoy::config::core::v3::Node as XdsNode;
 use vmesh_xds::server::{Admission, Admitted, FeedControl, Hub, Observer, PeerInfo, Refusal};
@@ -18,6 +19,7 @@ use vmesh_xds::{Scope, SessionStatus, State};
 use crate::claim;
 use crate::compilation::Compilation;
 use crate::explain::NodeStatus;
+use crate::identity::IdentityService;
 use crate::known_nodes::{KnownNodes, MAX_FORGOTTEN_PER_ADMISSION};
 use crate::metrics::Propagation;
 use crate::time::unix_now;
@@ -66,6 +68,7 @@ struct Connection {
     report: Arc<NodeReport>,
     /// The remote address.
     from: Option<IpAddr>,
+    feed: FeedControl,
     state: State,
     acked: u64,
 }
@@ -167,6 +170,29 @@ impl Fleet {
         self.lock().known.is_connected(name)
     }
 
+    /// Reports whether the node last connected with a certificate.
+    fn is_enrolled(&self, name: &NodeName) -> bool {
+        let worlds = self.worlds.borrow();
+        worlds.world.nodes.get(name).is_some_and(|report| report.identity.is_some())
+            || self.connections_of(name).iter().any(|(_, report, _)| report.identity.is_some())
+    }
+
+    /// Ends the streams of nodes that are banned, for as long as the future is polled.
+    pub(crate) async fn end_banned(self: Arc<Fleet>, mut bans: watch::Receiver<BTreeSet<NodeName>>) {
+        while bans.changed().await.is_ok() {
+            let banned = bans.borrow_and_update().clone();
+            let inner = self.lock();
+            let streams = inner.connections.values();
+            let feeds: Vec<FeedControl> = streams
+                .filter(|connection| banned.contains(&connection.report.name))
+                .map(|connection| connection.feed.clone())
+                .collect();
+            drop(inner);
+            feeds.iter().for_each(FeedControl::end);
+        }
+        std::future::pending().await
+    }
+
     /// Forgets the nodes that have been offline for at least `longer`. Returns their number.
     pub(crate) fn forget_offline_for(&self, longer: Duration) -> usize {
         let gone = self.lock().known.offline_for(longer, unix_now());
@@ -257,6 +283,29 @@ impl FleetState {
         Some(describe_clash(name, first, other))
     }
 
+    /// Describes a live connection from another host with the name of `report`, or returns `None`. Of two hosts with one identity the
+    /// newer waits, since one of them has a copy of the other's key.
+    fn clash_with(&self, report: &NodeReport, from: Option<IpAddr>) -> Option<String> {
+        let ids = self.known.connections(&report.name);
+        let others = ids.filter_map(|id| self.connections.get(&id));
+        let elsewhere = |other: &&Connection| {
+            other.report.identity.is_some()
+                && (other.report.address != report.address || is_another_host(other.from, from))
+        };
+        let other = others.into_iter().find(elsewhere)?;
+        let shown = |declared: Option<IpAddr>, from: Option<IpAddr>| match (declared, from) {
+            (Some(declared), Some(from)) => format!("{declared} (from {from})"),
+            (Some(one), None) | (None, Some(one)) => one.to_string(),
+            (None, None) => "an unnamed address".to_owned(),
+        };
+        Some(format!(
+            "two hosts show the certificate of node `{}`: {} is connected, so {} waits; if the key was copied, ban the node and join it again",
+            report.name,
+            shown(other.report.address, other.from),
+            shown(report.address, from)
+        ))
+    }
+
     /// Logs a new conflict over a name. Called after each connection of `name` is added or removed.
     fn log_name_clash(&mut self, name: &NodeName) {
         match self.name_clash(name) {
@@ -294,21 +343,71 @@ impl Connection {
     /// Compares declared and remote addresses, because copies of one host declare the same address. One host
     /// may connect by both IPv4 and IPv6, so remote addresses of different families are not compared.
     fn is_on_another_host(&self, other: &Connection) -> bool {
-        let comes_from_elsewhere = match (self.from, other.from) {
-            (Some(one), Some(other)) => one.is_ipv4() == other.is_ipv4() && one != other,
-            _ => false,
-        };
-        self.report.address != other.report.address || comes_from_elsewhere
+        self.report.address != other.report.address || is_another_host(self.from, other.from)
+    }
+}
+
+/// Reports whether two remote addresses are those of two hosts. One host may connect by both IPv4 and IPv6.
+fn is_another_host(one: Option<IpAddr>, other: Option<IpAddr>) -> bool {
+    match (one, other) {
+        (Some(one), Some(other)) => one.is_ipv4() == other.is_ipv4() && one != other,
+        _ => false,
     }
 }
 
 /// The admission of nodes to a [`Fleet`], for the xDS server.
-pub(crate) struct NodeAdmission(pub(crate) Arc<Fleet>);
+pub(crate) struct NodeAdmission {
+    pub(crate) fleet: Arc<Fleet>,
+    pub(crate) identities: Arc<IdentityService>,
+}
+
+impl NodeAdmission {
+    /// Returns the rights of the node, as its certificate says. A node without one has none; it may not be one that has joined.
+    fn identity(&self, report: &NodeReport, peer: &PeerInfo) -> Result<Option<NodeIdentity>, Refusal> {
+        let node = &report.name;
+        let from = peer.address.map(|address| address.ip().to_canonical());
+        let denied = |public: String, why: &str| {
+            self.identities.deny_admission(node, from, why);
+            Err(Refusal::Denied(public))
+        };
+        let Some(certificate) = &peer.certificate else {
+            if peer.is_tls {
+                let why = "a node shows its certificate at listen.xds: join with a token first";
+                return denied(why.to_owned(), why);
+            }
+            if self.fleet.is_enrolled(node) {
+                let public = format!(
+                    "node `{node}` has joined: it connects with its certificate; to end that, stop its agent and run `vmeshctl forget {node}`"
+                );
+                return denied(public.clone(), &public);
+            }
+            return Ok(None);
+        };
+        let (proved, grant) = match self.identities.node_of(certificate) {
+            Ok(identity) => identity,
+            Err(why) => return denied("the certificate is not that of a node".to_owned(), &why),
+        };
+        if proved != *node {
+            let why = format!("the certificate is that of node `{proved}`, and the request says `{node}`");
+            return denied("node.id is not the node of the certificate".to_owned(), &why);
+        }
+        if self.identities.is_banned(node) {
+            return denied(format!("node `{node}` is banned"), "the node is banned");
+        }
+        // A grant without labels leaves them to the node's own configuration.
+        let labels = if grant.labels.is_empty() { report.labels.clone() } else { grant.labels };
+        Ok(Some(NodeIdentity { services: grant.services, labels }))
+    }
+}
 
 impl Admission for NodeAdmission {
     fn admit(&self, node: &XdsNode, peer: &PeerInfo) -> Result<Admitted, Refusal> {
-        let fleet = &self.0;
-        let report = claim::read(node).map_err(|bad| Refusal::Invalid(bad.to_string()))?;
+        let fleet = &self.fleet;
+        let mut report = claim::read(node).map_err(|bad| Refusal::Invalid(bad.to_string()))?;
+        report.identity = self.identity(&report, peer)?;
+        if let Some(identity) = &report.identity {
+            report.labels.extend(identity.labels.clone());
+        }
         if !fleet.compiled.borrow().is_ready {
             let waiting = fleet.worlds.borrow().waiting.join(", ");
             return Err(Refusal::NotReady(format!("this control plane is starting: it waits for {waiting}")));
@@ -316,6 +415,13 @@ impl Admission for NodeAdmission {
         let mut inner = fleet.lock();
         let inner = &mut *inner;
         let origin = peer.origin();
+        let from = peer.address.map(|address| address.ip().to_canonical());
+        if report.identity.is_some()
+            && let Some(clash) = inner.clash_with(&report, from)
+        {
+            self.identities.deny_admission(&report.name, from, &clash);
+            return Err(Refusal::NotReady(clash));
+        }
         // At the limit, offline nodes are forgotten in favour of a connecting node.
         for _ in 0..MAX_FORGOTTEN_PER_ADMISSION {
             let Some(name) = inner.known.node_to_forget(&report) else { break };
@@ -336,8 +442,8 @@ impl Admission for NodeAdmission {
         inner.known.connect(&report, id, origin);
         inner.changes.joined.insert(id, JoinedNode { report: report.clone(), feed: feed.control() });
         let name = report.name.clone();
-        let from = peer.address.map(|address| address.ip().to_canonical());
-        inner.connections.insert(id, Connection { report, from, state: State::Pushing, acked: 0 });
+        let connection = Connection { report, from, feed: feed.control(), state: State::Pushing, acked: 0 };
+        inner.connections.insert(id, connection);
         inner.log_name_clash(&name);
         fleet.nodes_changed.notify_one();
         Ok(Admitted { feed, observer: Box::new(ConnectionObserver { fleet: fleet.clone(), id }) })

@@ -17,16 +17,21 @@ use vmesh_daemon::connections::Gate;
 use vmesh_daemon::tasks::{ThreadError, on_own_thread};
 use vmesh_daemon::{Stop, Tasks, descriptors, http, listen, logs, report, signals, sockets, systemd};
 use vmesh_discovery::{Command, SourceConfig, View};
+use vmesh_model::name::InvalidName;
 use vmesh_model::{Place, Problem, ServiceName};
 use vmesh_xds::server::{AdsService, ConnectionLimits, Hub};
 
 use crate::api;
+use crate::audit::AuditLog;
 use crate::compilation::{self, Compilation};
 use crate::config::Config;
 use crate::control::Control;
 use crate::discovery::OperatorActions;
 use crate::documents::{self, DocumentsView};
 use crate::fleet::{Fleet, NodeAdmission, NodeIntake};
+use crate::identity::{
+    IdentityConfig, IdentityError, IdentityService, IdentityStore, NodeRequests, StoreError, TlsHandshake,
+};
 use crate::known_nodes::KnownNodes;
 use crate::metrics::MetricsCollector;
 use crate::overrides::{self, Overrides, SavedOverrides};
@@ -70,6 +75,10 @@ enum RunError {
     Signals(#[source] std::io::Error),
     #[error("could not open the state")]
     State(#[source] PersistError),
+    #[error("could not open the identities in the state directory")]
+    IdentityFiles(#[source] StoreError),
+    #[error("could not start the certificate authority")]
+    Identities(#[source] IdentityError),
     #[error("the task `{name}` ended, and nothing works without it: {why}")]
     Died { name: Arc<str>, why: String },
 }
@@ -154,6 +163,7 @@ async fn first_view(source: SourceConfig) -> View {
 /// The sockets on which the control plane serves clients.
 struct Sockets {
     xds: TcpListener,
+    mtls_xds: Option<TcpListener>,
     api_tcp: std::net::TcpListener,
     api_socket: std::os::unix::net::UnixListener,
 }
@@ -165,10 +175,8 @@ impl Sockets {
         let address = config.listen.api;
         let api_tcp = into_std_listener(listen_tcp(address)?.into_std(), || address.to_string())?;
         let api_socket = listen_unix(&config.api_socket())?;
-        if config.listen.xds.is_some() {
-            tracing::warn!("`listen.xds` is not served by this version: agents use `listen.xds_plaintext`");
-        }
-        Ok(Sockets { xds, api_tcp, api_socket })
+        let mtls_xds = config.listen.xds.map(listen_tcp).transpose()?;
+        Ok(Sockets { xds, mtls_xds, api_tcp, api_socket })
     }
 }
 
@@ -183,10 +191,14 @@ async fn run(config: Config) -> Result<(), RunError> {
     let disk = Disk::open(&config.state_dir).map_err(RunError::State)?;
     // Sockets are bound before any task is started, so that an address in use is reported as a start-up
     // error.
-    let Sockets { xds, api_tcp, api_socket } = Sockets::bind(&config)?;
+    let Sockets { xds, mtls_xds, api_tcp, api_socket } = Sockets::bind(&config)?;
     let signal = signals::terminated().map_err(RunError::Signals)?;
 
     let mut tasks = Tasks::new();
+    let (audit, audit_writer) = AuditLog::new(&config.state_dir);
+    tasks.spawn_draining("audit", |stop| audit_writer.run(stop));
+    let identities = open_identities(&config, audit)?;
+    tasks.spawn("own certificate", identities.clone().renew_own_certificate());
     tasks.spawn("signals", ignored);
     let saved: SavedOverrides = load_part(&disk, overrides::PART).unwrap_or_default();
     let start = |source| start_source(source, &disk, &saved, &mut tasks);
@@ -221,7 +233,7 @@ async fn run(config: Config) -> Result<(), RunError> {
     let nodes = NodeIntake { reports: reports_in, known: known_nodes };
     let fleet = Arc::new(Fleet::new(hub.clone(), published.clone(), compiled.clone(), nodes));
     let control = Arc::new(Control::new(
-        config.trust_domain.clone(),
+        identities.clone(),
         published.clone(),
         compiled,
         fleet.clone(),
@@ -230,7 +242,11 @@ async fn run(config: Config) -> Result<(), RunError> {
         write_status,
     ));
     let name = format!("vmesh-control/{} {}", env!("CARGO_PKG_VERSION"), host_name());
-    let service = AdsService::new(hub.clone(), NodeAdmission(fleet.clone()), name);
+    let service = AdsService::new(
+        hub.clone(),
+        NodeAdmission { fleet: fleet.clone(), identities: identities.clone() },
+        name,
+    );
     let counters = service.counters().clone();
     let mut registry = vmesh_daemon::metrics::registry();
     registry.register_collector(Box::new(MetricsCollector { control: Arc::downgrade(&control), counters }));
@@ -243,9 +259,19 @@ async fn run(config: Config) -> Result<(), RunError> {
     tasks.spawn_draining("state", |stop| {
         persist::run(disk, sources, documents, published, of_state, written, stop)
     });
-    tasks.spawn("forget nodes", fleet.forget_offline());
+    tasks.spawn("forget nodes", fleet.clone().forget_offline());
 
+    tasks.spawn("bans", fleet.end_banned(identities.bans()));
     let bounded = ConnectionLimits { gate: Gate::new(limits), max_age: Some(config.limits.connection_age.0) };
+    if let (Some(listener), Some(address)) = (mtls_xds, config.listen.xds) {
+        let service = service.with_other_requests(Arc::new(NodeRequests(identities.clone())));
+        let (handshake, gate) =
+            (TlsHandshake(identities.clone()), Gate::new(config.limits.xds(address, files)));
+        let bounded = ConnectionLimits { gate, ..bounded.clone() };
+        tasks.spawn_draining("mtls xds", |stop| {
+            vmesh_xds::server::serve_after_handshake(listener, handshake, service, bounded, stopped(stop))
+        });
+    }
     tasks.spawn_draining("xds", |stop| {
         vmesh_xds::server::serve_connections(xds, service, bounded, stopped(stop))
     });
@@ -255,6 +281,22 @@ async fn run(config: Config) -> Result<(), RunError> {
     tracing::info!(xds = %config.listen.xds_plaintext, api = %config.listen.api, "vmesh-control has started");
 
     run_until_stopped(tasks, signal).await
+}
+
+/// Opens the identities of this replica.
+fn open_identities(config: &Config, audit: AuditLog) -> Result<Arc<IdentityService>, RunError> {
+    let store = IdentityStore::open(&config.state_dir).map_err(RunError::IdentityFiles)?;
+    let host = host_name();
+    let replica = host.parse().or_else(|_| "control-plane".parse());
+    let replica = replica
+        .map_err(|error: InvalidName| RunError::Identities(IdentityError::Wrong(error.to_string())))?;
+    let identity = IdentityConfig {
+        trust_domain: config.trust_domain.clone(),
+        replica,
+        listen: config.listen.xds,
+        settings: config.identity.clone(),
+    };
+    IdentityService::open(identity, store, audit).map_err(RunError::Identities)
 }
 
 /// Serves the API over TCP and on the Unix socket.

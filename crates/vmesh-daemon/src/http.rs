@@ -156,7 +156,7 @@ fn is_loopback(host: &str) -> bool {
 }
 
 /// Calls `answer` for the requests on every connection of `listener` until `stop`, then completes the requests in progress. `answer` gets
-/// each request with its complete body.
+/// each request with its complete body, and with the [`Origin`] of its connection among its extensions.
 pub async fn serve<L, A, F, B>(mut listener: L, gate: Gate, answer: A, mut stop: Stop) -> io::Result<()>
 where
     L: Listener,
@@ -179,7 +179,8 @@ where
             accepted = accept(&mut listener) => match accepted {
                 Ok((io, origin)) => match gate.enter(origin) {
                     Ok(permit) => {
-                        connections.spawn(serve_connection(io, permit, hosts, answer.clone(), stopped.clone()));
+                        let connection = Connection { origin, permit, hosts };
+                        connections.spawn(serve_connection(io, connection, answer.clone(), stopped.clone()));
                     }
                     Err(refused) => tracing::debug!("a connection to the API was closed: {refused}"),
                 },
@@ -194,10 +195,16 @@ where
     Ok(())
 }
 
-async fn serve_connection<I, A, F, B>(
-    io: I,
+/// An accepted connection.
+struct Connection {
+    origin: Origin,
     permit: Permit,
     hosts: Hosts,
+}
+
+async fn serve_connection<I, A, F, B>(
+    io: I,
+    connection: Connection,
     answer: A,
     mut stopped: watch::Receiver<bool>,
 ) where
@@ -207,13 +214,15 @@ async fn serve_connection<I, A, F, B>(
     B: Body<Data = Bytes> + Send + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
+    let Connection { origin, permit, hosts } = connection;
     let permit = Arc::new(permit);
     let of_requests = permit.clone();
     let service = service_fn(move |request: Request<Incoming>| {
         let (answer, permit) = (answer.clone(), of_requests.clone());
         async move {
             Ok::<_, Infallible>(match read(hosts, request).await {
-                Ok(request) => {
+                Ok(mut request) => {
+                    request.extensions_mut().insert(origin);
                     let _busy = BusyGuard::new(&permit);
                     answer(request).await.map(Either::Left)
                 }

@@ -14,6 +14,7 @@ use crate::certificate::{BadCertificate, Certificate, CertificateChain};
 use crate::grant::{BadGrant, GRANT_OID, Subject, node_dns_name};
 use crate::key::{Key, KeyError};
 use crate::name::TrustDomain;
+use crate::tls::TlsError;
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// The most bytes of a certificate request in PEM; a request with a P-256 key has about 400.
@@ -67,6 +68,8 @@ pub enum AuthorityError {
     Sign(#[source] rcgen::Error),
     #[error("could not write the node's rights into its certificate")]
     Grant(#[source] BadGrant),
+    #[error("could not make the TLS settings of `listen.xds`")]
+    Tls(#[source] TlsError),
     #[error("could not get random bytes from the operating system")]
     Random,
 }

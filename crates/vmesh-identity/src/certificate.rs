@@ -167,8 +167,13 @@ impl CertificateChain {
     }
 }
 
+/// Returns the bytes of a certificate as a certificate in DER, which is not checked.
+pub fn der(bytes: &[u8]) -> CertificateDer<'static> {
+    CertificateDer::from(bytes.to_vec())
+}
+
 /// Returns one certificate in PEM, as OpenSSL writes it.
-pub(crate) fn pem(der: &CertificateDer<'_>) -> String {
+pub fn pem(der: &CertificateDer<'_>) -> String {
     let config = EncodeConfig::new().set_line_ending(LineEnding::LF);
     pem::encode_config(&Pem::new("CERTIFICATE", der.to_vec()), config)
 }

@@ -26,6 +26,12 @@ pub enum InvalidId {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TrustDomain(Arc<str>);
 
+impl Default for TrustDomain {
+    fn default() -> TrustDomain {
+        TrustDomain(Arc::from("mesh.internal"))
+    }
+}
+
 impl TrustDomain {
     pub fn as_str(&self) -> &str {
         &self.0

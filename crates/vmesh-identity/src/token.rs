@@ -212,6 +212,8 @@ pub struct TokenLedger {
     tokens: BTreeMap<TokenId, TokenRecord>,
     guesses: BTreeMap<IpAddr, Guesses>,
     guesses_of_others: Guesses,
+    /// The records that were forgotten since the caller last took them.
+    forgotten: Vec<TokenId>,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -229,6 +231,15 @@ impl TokenLedger {
     /// Returns all records, to be listed and saved.
     pub fn records(&self) -> impl Iterator<Item = (TokenId, &TokenRecord)> {
         self.tokens.iter().map(|(id, record)| (*id, record))
+    }
+
+    pub fn record(&self, id: TokenId) -> Option<&TokenRecord> {
+        self.tokens.get(&id)
+    }
+
+    /// Returns the tokens whose records were forgotten since the last call, so that their files can be removed.
+    pub fn take_forgotten(&mut self) -> Vec<TokenId> {
+        std::mem::take(&mut self.forgotten)
     }
 
     /// Creates a token for `grant` that expires after `lifetime`. `pin` is the SHA-256 of the root's public key.
@@ -314,12 +325,18 @@ impl TokenLedger {
     /// Forgets the tokens that expired long ago, and makes room for one more record.
     fn forget_old(&mut self, now: SystemTime) {
         let is_recent = |at: SystemTime| now.duration_since(at).unwrap_or_default() < REMEMBERED_FOR;
-        self.tokens.retain(|_, record| is_recent(record.expires));
+        let old = self.tokens.iter().filter(|(_, record)| !is_recent(record.expires)).map(|(id, _)| *id);
+        let mut old: Vec<TokenId> = old.collect();
+        old.iter().for_each(|id| _ = self.tokens.remove(id));
         if self.tokens.len() >= MAX_RECORDS {
             let remembered = self.tokens.iter().filter(|(_, record)| !record.is_waiting(now));
             let oldest = remembered.min_by_key(|(_, record)| record.expires).map(|(id, _)| *id);
-            oldest.map(|id| self.tokens.remove(&id));
+            if let Some(id) = oldest {
+                self.tokens.remove(&id);
+                old.push(id);
+            }
         }
+        self.forgotten.extend(old);
     }
 
     fn guesses(&mut self, address: IpAddr, now: SystemTime) -> &mut Guesses {

@@ -9,11 +9,14 @@ use bytes::Bytes;
 use http::{Method, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use vmesh_api::identity::{BundleAnswer, IdentityStatus, InitRequest, TokenAnswer, TokenRequest, Tokens};
 use vmesh_api::{
     AcceptRequest, ActionResult, Discovery, EndpointRequest, Events, Explanation, Failure, Nodes, Problems,
     Services, SourceSelector, Status,
 };
 use vmesh_daemon::fetch::{FetchError, Peer, fetch, post};
+
+use vmesh_model::NodeName;
 
 use crate::print::printable;
 
@@ -40,6 +43,12 @@ pub(crate) enum ApiError {
     Unknown(String),
     #[error("what answers at {peer} is not a vmesh control plane of this version: {cause}")]
     Foreign { peer: Peer, cause: serde_json::Error },
+    #[error("could not read {path}")]
+    File {
+        path: PathBuf,
+        #[source]
+        cause: std::io::Error,
+    },
     #[error("the answer could not be printed: {0}")]
     Print(serde_json::Error),
 }
@@ -119,6 +128,36 @@ impl Api {
 
     pub(crate) async fn thaw(&self, selector: &SourceSelector) -> Result<ActionResult, ApiError> {
         self.post_json("/api/v1/discovery/thaw", selector).await
+    }
+
+    pub(crate) async fn identity(&self) -> Result<IdentityStatus, ApiError> {
+        self.request(Method::GET, "/api/v1/identity").await
+    }
+
+    pub(crate) async fn init_authority(&self, request: &InitRequest) -> Result<IdentityStatus, ApiError> {
+        self.post_json("/api/v1/identity/init", request).await
+    }
+
+    pub(crate) async fn bundle(&self) -> Result<BundleAnswer, ApiError> {
+        self.request(Method::GET, "/api/v1/identity/bundle").await
+    }
+
+    pub(crate) async fn tokens(&self) -> Result<Tokens, ApiError> {
+        self.request(Method::GET, "/api/v1/tokens").await
+    }
+
+    pub(crate) async fn create_token(&self, request: &TokenRequest) -> Result<TokenAnswer, ApiError> {
+        self.post_json("/api/v1/tokens", request).await
+    }
+
+    pub(crate) async fn revoke_token(&self, id: &str) -> Result<ActionResult, ApiError> {
+        self.request(Method::DELETE, &format!("/api/v1/tokens/{}", escaped(id))).await
+    }
+
+    pub(crate) async fn set_ban(&self, node: &NodeName, is_banned: bool) -> Result<ActionResult, ApiError> {
+        let action = if is_banned { "ban" } else { "unban" };
+        let path = format!("/api/v1/nodes/{}/{action}", escaped(node.as_str()));
+        self.answer(post(&self.0, &path, Bytes::new(), WITHIN).await)
     }
 
     async fn request<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, ApiError> {

@@ -10,6 +10,7 @@
 
 mod client;
 mod host;
+mod identity;
 mod print;
 mod show;
 mod table;
@@ -85,6 +86,15 @@ enum ApiCommand {
         #[command(subcommand)]
         action: Option<DiscoveryAction>,
     },
+    /// Initialise and inspect the certificate authority of the mesh.
+    #[command(subcommand)]
+    Ca(identity::CaCommand),
+    /// Create, list and revoke join tokens (only through the API's Unix socket).
+    #[command(subcommand)]
+    Token(identity::TokenCommand),
+    /// Ban a node, or lift a ban (only through the API's Unix socket).
+    #[command(subcommand)]
+    Node(identity::NodeCommand),
     /// Remove an offline node for good, or all nodes that have been offline for long (only through the API's Unix socket).
     Forget {
         #[arg(required_unless_present = "offline_for")]
@@ -223,6 +233,9 @@ async fn answer(cli: &Cli, command: &ApiCommand) -> Result<RenderedOutput, ApiEr
         }
         ApiCommand::Discovery { action: None } => render(cli, api.discovery().await?, show::discovery),
         ApiCommand::Discovery { action: Some(action) } => discovery(cli, action).await,
+        ApiCommand::Ca(command) => identity::ca(cli, api, command).await,
+        ApiCommand::Token(command) => identity::token(cli, api, command).await,
+        ApiCommand::Node(command) => identity::node(cli, api, command).await,
         ApiCommand::Forget { offline_for: Some(longer), .. } => {
             render(cli, api.forget_offline_for(*longer).await?, action_output)
         }

@@ -15,6 +15,7 @@ use vmesh_xds::server::{AdsService, serve};
 
 use super::*;
 use crate::fleet::{NodeAdmission, NodeIntake};
+use crate::identity::IdentityService;
 use crate::known_nodes::{KnownNodes, NodeLimits};
 use crate::worlds::NodeEvent;
 
@@ -63,6 +64,7 @@ struct Mesh {
     /// The receiver of node reports, kept open.
     _reports: mpsc::Receiver<NodeEvent>,
     _tasks: JoinSet<()>,
+    _state_dir: vmesh_testkit::TempDir,
 }
 
 impl Mesh {
@@ -84,13 +86,25 @@ impl Mesh {
         let fleet = Arc::new(Fleet::new(hub.clone(), published.clone(), compiled.clone(), nodes));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let service = AdsService::new(hub.clone(), NodeAdmission(fleet.clone()), "test");
+        let state_dir = vmesh_testkit::tempdir().unwrap();
+        let admission =
+            NodeAdmission { fleet: fleet.clone(), identities: IdentityService::for_tests(&state_dir) };
+        let service = AdsService::new(hub.clone(), admission, "test");
         let mut tasks = JoinSet::new();
         tasks.spawn(serve(listener, service, std::future::pending()));
         tasks.spawn(run(fleet.clone(), published, compiled_in, hub));
         let mut ready = compiled.clone();
         ready.wait_for(|compiled| compiled.is_ready).await.unwrap();
-        Mesh { catalog, worlds, fleet, compiled, address, _reports: of_nodes, _tasks: tasks }
+        Mesh {
+            catalog,
+            worlds,
+            fleet,
+            compiled,
+            address,
+            _reports: of_nodes,
+            _tasks: tasks,
+            _state_dir: state_dir,
+        }
     }
 
     async fn client(&self, name: &str) -> BenchClient {

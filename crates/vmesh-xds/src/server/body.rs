@@ -19,7 +19,13 @@ use tonic::{Code, Status};
 /// The response body of one stream. The connection polls it while it can write, and each poll drives the whole
 /// stream: its requests, its session and its timer. No poll happens while the client does not read, so a slow
 /// client costs only the memory of its session (R60).
-pub struct AdsBody<B>(Option<Box<Stream<B>>>);
+pub struct AdsBody<B>(BodyKind<B>);
+
+enum BodyKind<B> {
+    Ended,
+    Whole(Bytes),
+    Streaming(Box<Stream<B>>),
+}
 
 pub(super) struct Stream<B> {
     service: Arc<ServiceShared>,
@@ -50,11 +56,16 @@ const FIRST_REQUEST_WITHIN: Duration = Duration::from_secs(10);
 
 impl<B> AdsBody<B> {
     pub(super) fn empty() -> AdsBody<B> {
-        AdsBody(None)
+        AdsBody(BodyKind::Ended)
+    }
+
+    /// Makes the body of an answer that is not xDS.
+    pub(super) fn whole(bytes: Bytes) -> AdsBody<B> {
+        AdsBody(if bytes.is_empty() { BodyKind::Ended } else { BodyKind::Whole(bytes) })
     }
 
     pub(super) fn streaming(stream: Stream<B>) -> AdsBody<B> {
-        AdsBody(Some(Box::new(stream)))
+        AdsBody(BodyKind::Streaming(Box::new(stream)))
     }
 }
 
@@ -66,11 +77,19 @@ impl<B: Body> Body for AdsBody<B> {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        let Some(stream) = &mut self.0 else { return Poll::Ready(None) };
+        let stream = match &mut self.0 {
+            BodyKind::Ended => return Poll::Ready(None),
+            BodyKind::Whole(bytes) => {
+                let frame = Frame::data(std::mem::take(bytes));
+                self.0 = BodyKind::Ended;
+                return Poll::Ready(Some(Ok(frame)));
+            }
+            BodyKind::Streaming(stream) => stream,
+        };
         let frame = match ready!(stream.poll_next(cx)) {
             Ok(data) => Frame::data(data),
             Err(Failure { code, message }) => {
-                self.0 = None;
+                self.0 = BodyKind::Ended;
                 Frame::trailers(trailers(code, &message))
             }
         };
@@ -78,7 +97,7 @@ impl<B: Body> Body for AdsBody<B> {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.0.is_none()
+        matches!(self.0, BodyKind::Ended)
     }
 }
 

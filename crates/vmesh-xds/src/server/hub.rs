@@ -307,6 +307,19 @@ pub struct FeedControl {
 }
 
 impl FeedControl {
+    /// Ends the stream as if the server stopped: the client reconnects, and its admission decides anew.
+    pub fn end(&self) {
+        let Some(registry) = self.registry.upgrade() else { return };
+        let signal = {
+            let registry = registry.read().unwrap_or_else(PoisonError::into_inner);
+            registry.feeds.get(&self.id).map(FeedEntry::signal)
+        };
+        if let Some(signal) = signal {
+            lock(&signal).is_stopped = true;
+            wake(&signal);
+        }
+    }
+
     /// Moves the client to another class and scope, unless its stream has ended. Use [`Publication::scope`] for
     /// a move that belongs to a publication.
     pub fn set_scope(&self, class: impl Into<Arc<str>>, scope: Arc<Scope>) {

@@ -17,5 +17,8 @@ mod service;
 
 pub use body::AdsBody;
 pub use hub::{Feed, FeedControl, Hub, Publication};
-pub use serve::{ConnectionLimits, Listener, serve, serve_connection, serve_connections};
-pub use service::{Admission, Admitted, AdsService, Counters, Observer, PeerInfo, Refusal};
+pub use serve::{
+    ConnectionLimits, Handshake, Listener, NoHandshake, serve, serve_after_handshake, serve_connection,
+    serve_connections,
+};
+pub use service::{Admission, Admitted, AdsService, Counters, Observer, OtherRequests, PeerInfo, Refusal};

@@ -1,15 +1,16 @@
 use super::authority::AnyAuthority;
 use super::connection::ConnectionUse;
-use super::{AdsService, Counters, PeerInfo};
+use super::{AdsBody, AdsService, Counters, PeerInfo};
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use std::convert::Infallible;
-use std::future::{Future, ready};
+use std::future::Future;
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::task::Poll;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
@@ -72,19 +73,53 @@ impl Default for ConnectionLimits {
     }
 }
 
+/// The handshake of a connection, between the accept and the first request.
+pub trait Handshake<I>: Clone + Send + Sync + 'static {
+    type Io: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    /// Returns the connection and what the handshake tells about the peer. `None`: the connection is closed. The caller limits the time.
+    fn complete(&self, io: I, peer: PeerInfo) -> impl Future<Output = Option<(Self::Io, PeerInfo)>> + Send;
+}
+
+/// Plaintext: there is no handshake.
+#[derive(Debug, Clone, Copy)]
+pub struct NoHandshake;
+
+impl<I: AsyncRead + AsyncWrite + Unpin + Send + 'static> Handshake<I> for NoHandshake {
+    type Io = I;
+
+    async fn complete(&self, io: I, peer: PeerInfo) -> Option<(I, PeerInfo)> {
+        Some((io, peer))
+    }
+}
+
 /// Serves every connection of `listener` until `stop`, within default limits: see [`serve_connections`].
 pub async fn serve(listener: impl Listener, service: AdsService, stop: impl Future<Output = ()> + Send) {
     serve_connections(listener, service, ConnectionLimits::default(), stop).await;
 }
 
-/// Serves every connection of `listener` until `stop`. Then all streams end with UNAVAILABLE, and the future
-/// completes when the connections are closed. Dropping it closes them at once.
+/// Serves every connection of `listener` until `stop`, without a handshake: see [`serve_after_handshake`].
 pub async fn serve_connections(
-    mut listener: impl Listener,
+    listener: impl Listener,
     service: AdsService,
     limits: ConnectionLimits,
     stop: impl Future<Output = ()> + Send,
 ) {
+    serve_after_handshake(listener, NoHandshake, service, limits, stop).await;
+}
+
+/// Serves every connection of `listener` until `stop`. Then all streams end with UNAVAILABLE, and the future
+/// completes when the connections are closed. Dropping it closes them at once.
+pub async fn serve_after_handshake<L, H>(
+    mut listener: L,
+    handshake: H,
+    service: AdsService,
+    limits: ConnectionLimits,
+    stop: impl Future<Output = ()> + Send,
+) where
+    L: Listener,
+    H: Handshake<L::Io>,
+{
     let (stopping, stopped) = watch::channel(false);
     let mut connections = JoinSet::new();
     let mut stop = pin!(stop);
@@ -116,7 +151,14 @@ pub async fn serve_connections(
                 let connection_use = ConnectionUse::new(Some(permit), ends_at);
                 let mut stopped = stopped.clone();
                 let stop = async move { _ = stopped.wait_for(|stopped| *stopped).await };
-                connections.spawn(drive_connection(io, peer, service.clone(), connection_use, stop));
+                let (handshake, service) = (handshake.clone(), service.clone());
+                connections.spawn(async move {
+                    if let Some((io, peer)) =
+                        shake_hands(&handshake, io, peer, &service, &connection_use).await
+                    {
+                        drive_connection(io, peer, service, connection_use, stop).await;
+                    }
+                });
             }
             Err(_) => _ = counters.connections_refused.fetch_add(1, Relaxed),
         }
@@ -125,6 +167,30 @@ pub async fn serve_connections(
     service.hub().stop();
     stopping.send_replace(true);
     while connections.join_next().await.is_some() {}
+}
+
+/// Completes the handshake of a connection, which may neither take long nor keep its place from others.
+async fn shake_hands<I, H: Handshake<I>>(
+    handshake: &H,
+    io: I,
+    peer: PeerInfo,
+    service: &AdsService,
+    connection_use: &ConnectionUse,
+) -> Option<(H::Io, PeerInfo)> {
+    let mut handshake = pin!(handshake.complete(io, peer));
+    if let Poll::Ready(done) = poll_once(handshake.as_mut()).await {
+        return done;
+    }
+    connection_use.set_silent();
+    tokio::select! {
+        done = timeout(FIRST_REQUEST_WITHIN, handshake) => match done {
+            Ok(done) => return done,
+            Err(_) => {}
+        },
+        () = connection_use.evicted() => {}
+    }
+    service.counters().connections_silent.fetch_add(1, Relaxed);
+    None
 }
 
 /// Returns four to six fifths of `age`. Consecutive connection numbers give ages that are far apart.
@@ -163,7 +229,13 @@ async fn drive_connection<I>(
         request.extensions_mut().insert(peer.clone());
         stream_use.show_request();
         request.extensions_mut().insert(stream_use.clone());
-        ready(Ok::<_, Infallible>(service.answer(request)))
+        let (service, peer) = (service.clone(), peer.clone());
+        async move {
+            Ok::<_, Infallible>(match service.other_requests(request.uri().path()) {
+                Some(other) => other.answer(request, peer).await.map(AdsBody::whole),
+                None => service.answer(request),
+            })
+        }
     });
     let mut http = http2::Builder::new(TokioExecutor::new());
     http.timer(TokioTimer::new())

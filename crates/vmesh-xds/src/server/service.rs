@@ -3,10 +3,12 @@ use super::connection::ConnectionUse;
 use super::{Feed, Hub};
 use crate::grpc::Budget;
 use crate::{Event, Protocol, SessionStatus};
+use bytes::Bytes;
 use http::{HeaderValue, header};
 use std::convert::Infallible;
 use std::future::{Ready, ready};
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::task::{Context, Poll};
@@ -70,8 +72,10 @@ pub struct PeerInfo {
     pub address: Option<SocketAddr>,
     /// The user at the other end of a Unix socket.
     pub uid: Option<u32>,
-    /// The identity that the client proved, such as the SPIFFE ID in its certificate.
-    pub identity: Option<Arc<str>>,
+    /// The certificate that the client proved to own, in DER. The handshake has verified it.
+    pub certificate: Option<Arc<[u8]>>,
+    /// True if the connection is encrypted, whether or not the client showed a certificate.
+    pub is_tls: bool,
 }
 
 impl PeerInfo {
@@ -83,6 +87,18 @@ impl PeerInfo {
             (None, None) => Origin::Unknown,
         }
     }
+}
+
+/// Answers requests on the connections of the xDS port that are not xDS, such as those of a node that joins.
+pub trait OtherRequests: Send + Sync + 'static {
+    /// Reports whether the requests with `path` are answered here.
+    fn has(&self, path: &str) -> bool;
+
+    fn answer(
+        &self,
+        request: http::Request<hyper::body::Incoming>,
+        peer: PeerInfo,
+    ) -> Pin<Box<dyn Future<Output = http::Response<Bytes>> + Send>>;
 }
 
 /// Counters of all streams since the start, unless a field says otherwise.
@@ -112,6 +128,7 @@ pub struct Counters {
 #[derive(Clone)]
 pub struct AdsService {
     pub(super) shared: Arc<ServiceShared>,
+    others: Option<Arc<dyn OtherRequests>>,
 }
 
 pub(super) struct ServiceShared {
@@ -143,7 +160,17 @@ impl AdsService {
         };
         let (admission, counters) = (Box::new(admission), Arc::default());
         let shared = ServiceShared { hub, admission, control_plane, counters, budgets };
-        AdsService { shared: Arc::new(shared) }
+        AdsService { shared: Arc::new(shared), others: None }
+    }
+
+    /// Returns the same service, which also answers `others`.
+    pub fn with_other_requests(&self, others: Arc<dyn OtherRequests>) -> AdsService {
+        AdsService { shared: self.shared.clone(), others: Some(others) }
+    }
+
+    /// Returns what answers the requests with `path`, if they are not xDS.
+    pub(super) fn other_requests(&self, path: &str) -> Option<Arc<dyn OtherRequests>> {
+        self.others.as_ref().filter(|others| others.has(path)).cloned()
     }
 
     pub fn counters(&self) -> &Arc<Counters> {

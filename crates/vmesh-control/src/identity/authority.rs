@@ -1,0 +1,216 @@
+//! The certificate authority of this replica, with what follows from it: the trust bundle and the TLS settings of `listen.xds`.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use serde::Deserialize;
+use vmesh_api::identity::AuthorityStatus;
+use vmesh_identity::authority::AuthorityError;
+use vmesh_identity::{
+    Certificate, CertificateChain, Identity, Issuer, Key, Lifetimes, Root, Subject, TrustBundle, TrustDomain,
+    tls,
+};
+use vmesh_model::NodeName;
+use vmesh_model::text::{Time, show_duration};
+
+use super::unix;
+
+/// The settings of the authority in `control.yaml` (`identity`).
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct IdentitySettings {
+    /// The validity of the certificates of nodes and services.
+    pub(crate) leaf_lifetime: Time,
+    pub(crate) intermediate_lifetime: Time,
+    pub(crate) root_lifetime: Time,
+}
+
+impl Default for IdentitySettings {
+    fn default() -> IdentitySettings {
+        let Lifetimes { root, intermediate, leaf, .. } = Lifetimes::default();
+        IdentitySettings {
+            leaf_lifetime: Time(leaf),
+            intermediate_lifetime: Time(intermediate),
+            root_lifetime: Time(root),
+        }
+    }
+}
+
+/// The shortest validity of a certificate. Shorter ones could not be renewed in time.
+const SHORTEST_LEAF: Duration = Duration::from_secs(10);
+
+impl IdentitySettings {
+    pub(crate) fn lifetimes(&self) -> Lifetimes {
+        Lifetimes {
+            root: self.root_lifetime.0,
+            intermediate: self.intermediate_lifetime.0,
+            leaf: self.leaf_lifetime.0,
+            ..Lifetimes::default()
+        }
+    }
+
+    /// Returns the settings that cannot be used, each with the reason.
+    pub(crate) fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        if self.leaf_lifetime.0 < SHORTEST_LEAF {
+            problems.push(format!(
+                "`identity.leaf_lifetime` is shorter than {} s: nodes could not renew their certificates in time",
+                SHORTEST_LEAF.as_secs()
+            ));
+        }
+        for (field, shorter, longer) in [
+            ("intermediate_lifetime", self.leaf_lifetime.0, self.intermediate_lifetime.0),
+            ("root_lifetime", self.intermediate_lifetime.0, self.root_lifetime.0),
+        ] {
+            if longer < shorter {
+                problems.push(format!("`identity.{field}` is shorter than the validity of what it signs"));
+            }
+        }
+        problems
+    }
+}
+
+/// The authority as the disk holds it.
+#[derive(Debug)]
+pub(crate) struct SavedAuthority {
+    /// The root with its key, if it was made here.
+    pub(crate) root: Option<Root>,
+    pub(crate) issuer: Issuer,
+    pub(crate) bundle: TrustBundle,
+}
+
+/// Makes a root and the intermediate of this replica.
+pub(crate) fn generate(
+    trust_domain: &TrustDomain,
+    replica: &NodeName,
+    now: SystemTime,
+    settings: &IdentitySettings,
+) -> Result<SavedAuthority, AuthorityError> {
+    let lifetimes = settings.lifetimes();
+    let root = Root::generate(trust_domain, now, &lifetimes)?;
+    let issuer = root.issue_intermediate(replica.as_str(), now, &lifetimes)?;
+    let bundle = issuer.bundle()?;
+    Ok(SavedAuthority { root: Some(root), issuer, bundle })
+}
+
+/// The authority in use. It does not change: a change makes another one.
+#[derive(Debug)]
+pub(crate) struct Authority {
+    saved: Arc<SavedAuthority>,
+    root: Certificate,
+    tls: Arc<rustls::ServerConfig>,
+    /// The certificate that `listen.xds` shows.
+    server: Certificate,
+    lifetimes: Lifetimes,
+}
+
+impl Authority {
+    /// Makes the authority usable: issues the certificate of this replica.
+    pub(crate) fn start(
+        saved: SavedAuthority,
+        replica: &NodeName,
+        now: SystemTime,
+        settings: &IdentitySettings,
+    ) -> Result<Authority, AuthorityError> {
+        Authority::of(Arc::new(saved), replica, now, settings)
+    }
+
+    fn of(
+        saved: Arc<SavedAuthority>,
+        replica: &NodeName,
+        now: SystemTime,
+        settings: &IdentitySettings,
+    ) -> Result<Authority, AuthorityError> {
+        let lifetimes = settings.lifetimes();
+        let key = Key::generate().map_err(AuthorityError::Key)?;
+        let request = key.request().map_err(AuthorityError::Key)?;
+        let id = saved.issuer.trust_domain().id(Identity::ControlPlane(replica.clone()));
+        let chain = saved.issuer.issue(&request, &Subject::from(id), now, &lifetimes)?;
+        let server = chain.leaf().map_err(AuthorityError::Certificate)?;
+        let tls = tls::server_config(&chain, &key, saved.bundle.clone()).map_err(AuthorityError::Tls)?;
+        let root = saved.issuer.chain().certificates().last().ok_or(AuthorityError::NotAnAuthority)?;
+        let root = Certificate::read(root).map_err(AuthorityError::Certificate)?;
+        Ok(Authority { saved, root, tls: Arc::new(tls), server, lifetimes })
+    }
+
+    /// Returns the same authority with a new certificate for `listen.xds`.
+    pub(crate) fn with_new_server_certificate(
+        &self,
+        replica: &NodeName,
+        now: SystemTime,
+        settings: &IdentitySettings,
+    ) -> Result<Authority, AuthorityError> {
+        Authority::of(self.saved.clone(), replica, now, settings)
+    }
+
+    pub(crate) fn tls(&self) -> Arc<rustls::ServerConfig> {
+        self.tls.clone()
+    }
+
+    pub(crate) fn bundle(&self) -> &TrustBundle {
+        &self.saved.bundle
+    }
+
+    /// Returns the SHA-256 of the root's public key, which join tokens pin.
+    pub(crate) fn pin(&self) -> [u8; 32] {
+        self.root.key_hash
+    }
+
+    /// Returns the pin in hexadecimal digits.
+    pub(crate) fn root_key(&self) -> String {
+        self.root.key_hash.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    pub(crate) fn issue(
+        &self,
+        request: &str,
+        subject: &Subject,
+        now: SystemTime,
+    ) -> Result<CertificateChain, AuthorityError> {
+        self.saved.issuer.issue(request, subject, now, &self.lifetimes)
+    }
+
+    /// Returns how long the certificate of `listen.xds` stays in use.
+    pub(crate) fn renew_server_in(&self, now: SystemTime) -> Duration {
+        let left = self.server.not_after.duration_since(now).unwrap_or_default();
+        left.saturating_sub(self.lifetimes.leaf * 2 / 3)
+    }
+
+    pub(crate) fn status(&self) -> AuthorityStatus {
+        AuthorityStatus {
+            root_key: self.root_key(),
+            root_expires: unix(self.root.not_after),
+            has_root_key: self.saved.root.is_some(),
+            intermediate_expires: unix(self.saved.issuer.not_after()),
+            bundle: self.saved.bundle.version(),
+            roots: self.saved.bundle.roots().len(),
+        }
+    }
+
+    /// Returns what ends soon, each with its subject and what to do.
+    pub(crate) fn expiry_warnings(&self, now: SystemTime) -> Vec<(&'static str, String)> {
+        let ends = [
+            ("the root certificate", self.root.not_after, self.lifetimes.root, "run `vmeshctl ca rotate`"),
+            (
+                "the intermediate certificate",
+                self.saved.issuer.not_after(),
+                self.lifetimes.intermediate,
+                "run `vmeshctl ca rotate --intermediate`",
+            ),
+        ];
+        let soon = ends.into_iter().filter_map(|(subject, end, lifetime, fix)| {
+            let left = end.duration_since(now).unwrap_or_default();
+            (left < lifetime / 4).then(|| {
+                let when = match left.is_zero() {
+                    true => "has expired".to_owned(),
+                    false => format!("expires in {}", show_duration(left)),
+                };
+                (
+                    subject,
+                    format!("{subject} of this control plane {when}; nodes then get no certificates: {fix}"),
+                )
+            })
+        });
+        soon.collect()
+    }
+}

@@ -1,0 +1,305 @@
+//! Answers the requests of nodes that join and renew, at `listen.xds`.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, SystemTime};
+
+use axum::body::Bytes;
+use axum::http::{Method, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use vmesh_api::Failure;
+use vmesh_api::identity::{JOIN_PATH, JoinAnswer, JoinRequest, RENEW_PATH, RenewAnswer, RenewRequest};
+use vmesh_daemon::report::one_line;
+use vmesh_identity::authority::AuthorityError;
+use vmesh_identity::{Identity, JoinToken, NodeGrant, Subject};
+use vmesh_model::{NodeName, ServiceName};
+use vmesh_xds::server::{OtherRequests, PeerInfo};
+
+use super::{Authority, IdentityService, RedeemError, blocking, unix};
+use crate::audit::{AuditEvent, Outcome};
+
+/// The most bytes of a request. A request for 64 certificates has 30 KiB.
+const BODY_MAX: usize = 64 << 10;
+const BODY_WITHIN: Duration = Duration::from_secs(5);
+/// The most certificates that one request asks for; an agent with more services sends several requests.
+const CERTIFICATES_MAX: usize = 64;
+
+/// The answers to nodes that join and renew.
+pub(crate) struct NodeRequests(pub(crate) Arc<IdentityService>);
+
+/// A request that is not granted.
+enum Refused {
+    /// There is no authority, or it cannot work now. The node tries again.
+    NotReady(String),
+    /// The node may not have what it asks for.
+    Denied {
+        /// The text for the node. It helps no attacker.
+        public: String,
+        /// The text for the operator.
+        reason: String,
+    },
+    Malformed(String),
+}
+
+impl Refused {
+    fn same(text: impl Into<String>) -> Refused {
+        let text = text.into();
+        Refused::Denied { public: text.clone(), reason: text }
+    }
+}
+
+impl OtherRequests for NodeRequests {
+    fn has(&self, path: &str) -> bool {
+        matches!(path, JOIN_PATH | RENEW_PATH)
+    }
+
+    fn answer(
+        &self,
+        request: Request<Incoming>,
+        peer: PeerInfo,
+    ) -> Pin<Box<dyn Future<Output = Response<Bytes>> + Send>> {
+        let identities = self.0.clone();
+        Box::pin(async move {
+            let answer = match request.uri().path() {
+                JOIN_PATH => join(&identities, request, &peer).await,
+                _ => renew(&identities, request, &peer).await,
+            };
+            answer.unwrap_or_else(|refused| match refused {
+                Refused::NotReady(why) => failure(StatusCode::SERVICE_UNAVAILABLE, why),
+                Refused::Denied { public, .. } => failure(StatusCode::FORBIDDEN, public),
+                Refused::Malformed(why) => failure(StatusCode::BAD_REQUEST, why),
+            })
+        })
+    }
+}
+
+/// Lets a node in that presents a join token.
+async fn join(
+    identities: &Arc<IdentityService>,
+    request: Request<Incoming>,
+    peer: &PeerInfo,
+) -> Result<Response<Bytes>, Refused> {
+    let authority = authority(identities)?;
+    let from = from(peer)?;
+    let asked: JoinRequest = read(request).await?;
+    let node = asked.node.clone();
+    match admit(identities, &authority, asked, from).await {
+        Ok(answer) => {
+            identities.counters.joined.fetch_add(1, Relaxed);
+            let event =
+                AuditEvent::of_node(&node, Some(from), "node.join", Outcome::Done, "with a join token");
+            identities.audit.record(event);
+            tracing::info!(%node, %from, "a node has joined");
+            Ok(json(&answer))
+        }
+        Err(refused) => {
+            if let Refused::Denied { reason, .. } = &refused {
+                identities.counters.join_refused.fetch_add(1, Relaxed);
+                let event = AuditEvent::of_node(&node, Some(from), "node.join", Outcome::Denied, reason);
+                identities.audit.record(event);
+                tracing::warn!(%node, %from, "a node was not let in: {reason}");
+            }
+            Err(refused)
+        }
+    }
+}
+
+async fn admit(
+    identities: &Arc<IdentityService>,
+    authority: &Arc<Authority>,
+    asked: JoinRequest,
+    from: IpAddr,
+) -> Result<JoinAnswer, Refused> {
+    let JoinRequest { token, node, services, request, .. } = asked;
+    let token: JoinToken =
+        token.parse().map_err(|error: vmesh_identity::token::NotAToken| Refused::same(error.to_string()))?;
+    if identities.is_banned(&node) {
+        return Err(Refused::same(format!(
+            "node `{node}` is banned; `vmeshctl node unban {node}` ends that"
+        )));
+    }
+    // A request that cannot be signed must not use up the token, so it is tried first.
+    issue_node(authority, &request, &node, NodeGrant::default()).await?;
+    let grant = identities.redeem(&token, &node, &services, from).await.map_err(|error| match error {
+        RedeemError::Refused(refusal) => {
+            Refused::Denied { public: refusal.public().to_owned(), reason: refusal.to_string() }
+        }
+        RedeemError::Unsaved(error) => Refused::NotReady(format!(
+            "the token is used up, and that could not be saved: create another one when the control plane's disk works ({})",
+            one_line(&error)
+        )),
+    })?;
+    let node_chain = issue_node(authority, &request, &node, grant.clone()).await?;
+    Ok(JoinAnswer {
+        node_chain,
+        granted: grant.services,
+        bundle: authority.bundle().to_pem(),
+        trust_domain: identities.trust_domain().to_string(),
+        now: unix(SystemTime::now()),
+    })
+}
+
+/// Issues certificates to a node that proved its identity in the handshake.
+async fn renew(
+    identities: &Arc<IdentityService>,
+    request: Request<Incoming>,
+    peer: &PeerInfo,
+) -> Result<Response<Bytes>, Refused> {
+    let authority = authority(identities)?;
+    let from = from(peer)?;
+    let certificate = peer.certificate.as_ref().ok_or_else(|| {
+        Refused::same("certificates are renewed for nodes that show theirs: join with a token first")
+    })?;
+    let (node, grant) = identities.node_of(certificate).map_err(Refused::same)?;
+    let asked: RenewRequest = read(request).await?;
+    let wants_any = asked.node_request.is_some() || !asked.services.is_empty();
+    let outcome = match identities.is_banned(&node) {
+        true => {
+            Err(Refused::same(format!("node `{node}` is banned; `vmeshctl node unban {node}` ends that")))
+        }
+        false => issue_all(identities, &authority, asked, &node, grant).await,
+    };
+    match &outcome {
+        Ok(_) if wants_any => _ = identities.counters.renewed.fetch_add(1, Relaxed),
+        Ok(_) => {}
+        Err(Refused::Denied { reason, .. }) => {
+            identities.counters.renew_refused.fetch_add(1, Relaxed);
+            let event = AuditEvent::of_node(&node, Some(from), "node.renew", Outcome::Denied, reason);
+            identities.audit.record(event);
+            tracing::warn!(%node, %from, "certificates were not issued: {reason}");
+        }
+        Err(_) => {}
+    }
+    outcome.map(|answer| json(&answer))
+}
+
+async fn issue_all(
+    identities: &Arc<IdentityService>,
+    authority: &Arc<Authority>,
+    asked: RenewRequest,
+    node: &NodeName,
+    grant: NodeGrant,
+) -> Result<RenewAnswer, Refused> {
+    if asked.services.len() > CERTIFICATES_MAX {
+        return Err(Refused::Malformed(format!("one request is for at most {CERTIFICATES_MAX} services")));
+    }
+    if let Some(service) = asked.services.keys().find(|service| !grant.services.contains(*service)) {
+        return Err(Refused::same(format!(
+            "node `{node}` may not run `{service}`, only {}: create a token with `--service {service}`, and join again",
+            list(&grant.services)
+        )));
+    }
+    let node_chain = match &asked.node_request {
+        Some(request) => Some(issue_node(authority, request, node, grant.clone()).await?),
+        None => None,
+    };
+    let (signer, of, requests) = (authority.clone(), node.clone(), asked.services);
+    let trust_domain = identities.trust_domain().clone();
+    let services = blocking(move || {
+        let issue = |(service, request): (ServiceName, String)| {
+            let id = trust_domain.id(Identity::Service(service.clone()));
+            let subject = Subject { id, node: Some(of.clone()), grant: None };
+            let chain = signer.issue(&request, &subject, SystemTime::now())?;
+            Ok((service, chain.to_pem()))
+        };
+        requests.into_iter().map(issue).collect::<Result<_, AuthorityError>>()
+    });
+    Ok(RenewAnswer {
+        node_chain,
+        services: services.await.map_err(unsigned)?,
+        granted: grant.services,
+        bundle: authority.bundle().to_pem(),
+        trust_domain: identities.trust_domain().to_string(),
+        renew_now: false,
+        now: unix(SystemTime::now()),
+    })
+}
+
+/// Issues the certificate of a node, and returns its chain in PEM.
+async fn issue_node(
+    authority: &Arc<Authority>,
+    request: &str,
+    node: &NodeName,
+    grant: NodeGrant,
+) -> Result<String, Refused> {
+    let id = authority.bundle().trust_domain().id(Identity::Node(node.clone()));
+    let subject = Subject { id, node: None, grant: Some(grant) };
+    let (signer, request) = (authority.clone(), request.to_owned());
+    let chain = blocking(move || signer.issue(&request, &subject, SystemTime::now())).await;
+    Ok(chain.map_err(unsigned)?.to_pem())
+}
+
+fn unsigned(error: AuthorityError) -> Refused {
+    match error {
+        AuthorityError::Request(_) | AuthorityError::LargeRequest => Refused::Malformed(one_line(&error)),
+        other => Refused::NotReady(one_line(&other)),
+    }
+}
+
+fn authority(identities: &IdentityService) -> Result<Arc<Authority>, Refused> {
+    let missing =
+        || Refused::NotReady("there is no certificate authority yet: run `vmeshctl ca init`".to_owned());
+    identities.authority().ok_or_else(missing)
+}
+
+fn from(peer: &PeerInfo) -> Result<IpAddr, Refused> {
+    let address = peer.address.map(|address| address.ip().to_canonical());
+    address.ok_or_else(|| Refused::Malformed("the connection has no address".to_owned()))
+}
+
+/// Reads the body of a request.
+async fn read<T: DeserializeOwned>(request: Request<Incoming>) -> Result<T, Refused> {
+    if request.method() != Method::POST {
+        return Err(Refused::Malformed("this path is for POST".to_owned()));
+    }
+    let body = Limited::new(request.into_body(), BODY_MAX).collect();
+    let body = match tokio::time::timeout(BODY_WITHIN, body).await {
+        Ok(Ok(body)) => body.to_bytes(),
+        Ok(Err(_)) => {
+            let why = format!("the body could not be read, or has more than {BODY_MAX} bytes");
+            return Err(Refused::Malformed(why));
+        }
+        Err(_) => {
+            let why = format!("the body did not come within {} s", BODY_WITHIN.as_secs());
+            return Err(Refused::Malformed(why));
+        }
+    };
+    // The error of a JSON parser may quote the body, which holds a token.
+    serde_json::from_slice(&body).map_err(|error| {
+        let (line, column) = (error.line(), error.column());
+        Refused::Malformed(format!("the body is not what is asked for here (line {line}, column {column})"))
+    })
+}
+
+fn list(services: &BTreeSet<ServiceName>) -> String {
+    if services.is_empty() {
+        return "no service".to_owned();
+    }
+    services.iter().map(|service| format!("`{service}`")).collect::<Vec<_>>().join(", ")
+}
+
+fn json(value: &impl Serialize) -> Response<Bytes> {
+    match serde_json::to_vec(value) {
+        Ok(body) => answer(StatusCode::OK, body),
+        Err(error) => {
+            failure(StatusCode::INTERNAL_SERVER_ERROR, format!("the answer could not be encoded: {error}"))
+        }
+    }
+}
+
+fn failure(status: StatusCode, error: String) -> Response<Bytes> {
+    answer(status, serde_json::to_vec(&Failure { error }).unwrap_or_default())
+}
+
+fn answer(status: StatusCode, body: Vec<u8>) -> Response<Bytes> {
+    let mut response = Response::new(Bytes::from(body));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
+    response
+}

@@ -1,0 +1,226 @@
+//! The files of the identities, in `identity` of the state directory. All are readable by the user of `vmesh-control` alone.
+//!
+//! | file | content |
+//! |---|---|
+//! | `root.crt`, `root.key` | the root, if it was made here |
+//! | `issuer.crt`, `issuer.key` | the intermediate of this replica, and what signed it |
+//! | `bundle.pem` | the roots that the mesh trusts |
+//! | `tokens/ID.json` | a join token: the hash of its secret, and its use |
+//! | `bans.json` | the banned nodes |
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use vmesh_daemon::fsx::{self, FileError};
+use vmesh_identity::authority::AuthorityError;
+use vmesh_identity::bundle::BadBundle;
+use vmesh_identity::token::{TokenId, TokenRecord};
+use vmesh_identity::{Issuer, Root, TrustBundle, TrustDomain};
+use vmesh_model::NodeName;
+use zeroize::Zeroizing;
+
+use super::IdentityError;
+use super::authority::SavedAuthority;
+
+/// The most bytes of a file of the store.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// A file of the identities that could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StoreError {
+    #[error("could not read or write a file of the identities")]
+    File(#[source] FileError),
+    #[error("could not list {path}")]
+    List {
+        path: PathBuf,
+        #[source]
+        cause: std::io::Error,
+    },
+    #[error("{0} is not text")]
+    NotText(PathBuf),
+    #[error("{path} is there and {missing} is not: restore it from the backup of the state directory")]
+    Missing { path: PathBuf, missing: PathBuf },
+    #[error("the authority in {path} cannot be used: restore it from the backup of the state directory")]
+    Authority {
+        path: PathBuf,
+        #[source]
+        cause: AuthorityError,
+    },
+    #[error("{path} is no trust bundle")]
+    Bundle {
+        path: PathBuf,
+        #[source]
+        cause: BadBundle,
+    },
+    #[error("{path} is damaged: restore it from the backup of the state directory, or delete it")]
+    Json {
+        path: PathBuf,
+        #[source]
+        cause: serde_json::Error,
+    },
+    #[error("could not encode {0}")]
+    Encode(PathBuf, #[source] serde_json::Error),
+}
+
+/// The directory of the identities.
+#[derive(Debug, Clone)]
+pub(crate) struct IdentityStore {
+    dir: PathBuf,
+}
+
+impl IdentityStore {
+    /// Opens the store below the state directory, and removes leftovers of crashed writers.
+    pub(crate) fn open(state_dir: &Path) -> Result<IdentityStore, StoreError> {
+        let dir = state_dir.join("identity");
+        let store = IdentityStore { dir };
+        for dir in [store.dir.clone(), store.tokens()] {
+            fsx::make_private_dir(&dir).map_err(StoreError::File)?;
+            fsx::sweep(&dir).map_err(StoreError::File)?;
+        }
+        Ok(store)
+    }
+
+    fn tokens(&self) -> PathBuf {
+        self.dir.join("tokens")
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Returns the authority; `None` if there is none yet.
+    pub(crate) fn load_authority(
+        &self,
+        trust_domain: &TrustDomain,
+    ) -> Result<Option<SavedAuthority>, StoreError> {
+        let (path, key_path) = (self.file("issuer.crt"), self.file("issuer.key"));
+        let Some(chain) = read(&path)? else { return Ok(None) };
+        let missing =
+            |missing: &Path| StoreError::Missing { path: path.clone(), missing: missing.to_owned() };
+        let key = read(&key_path)?.ok_or_else(|| missing(&key_path))?;
+        let unusable = |cause| StoreError::Authority { path: path.clone(), cause };
+        let issuer = Issuer::from_pem(&chain, &key).map_err(unusable)?;
+        check_domain(&issuer, trust_domain).map_err(unusable)?;
+        let root = match (read(&self.file("root.crt"))?, read(&self.file("root.key"))?) {
+            (Some(certificate), Some(key)) => Some(Root::from_pem(&certificate, &key).map_err(unusable)?),
+            // An operator may have moved the key of the root to a safe place.
+            _ => None,
+        };
+        let path = self.file("bundle.pem");
+        let bundle = match read(&path)? {
+            Some(text) => TrustBundle::from_pem(trust_domain.clone(), &text)
+                .map_err(|cause| StoreError::Bundle { path, cause })?,
+            None => issuer.bundle().map_err(unusable)?,
+        };
+        Ok(Some(SavedAuthority { root, issuer, bundle }))
+    }
+
+    /// Writes the authority. The certificate of the issuer comes last: without it there is no authority.
+    pub(crate) fn save_authority(&self, saved: &SavedAuthority) -> Result<(), StoreError> {
+        if let Some(root) = &saved.root {
+            write(&self.file("root.key"), root.key().to_pem().as_bytes())?;
+            write(&self.file("root.crt"), vmesh_identity::certificate::pem(root.certificate()).as_bytes())?;
+        }
+        write(&self.file("bundle.pem"), saved.bundle.to_pem().as_bytes())?;
+        write(&self.file("issuer.key"), saved.issuer.key().to_pem().as_bytes())?;
+        write(&self.file("issuer.crt"), saved.issuer.chain().to_pem().as_bytes())
+    }
+
+    /// Reads an intermediate that an operator supplies: the chain as text, the key from a file.
+    pub(crate) fn read_supplied(
+        &self,
+        chain: &str,
+        key_file: Option<&str>,
+        trust_domain: &TrustDomain,
+    ) -> Result<SavedAuthority, IdentityError> {
+        let path = key_file.map(Path::new).ok_or_else(|| {
+            IdentityError::Wrong(
+                "`key_file` is missing: the file with the key of the intermediate".to_owned(),
+            )
+        })?;
+        let missing = || IdentityError::Wrong(format!("there is no file {}", path.display()));
+        let key = read(path).map_err(IdentityError::Store)?.ok_or_else(missing)?;
+        let issuer = Issuer::from_pem(chain, &key).map_err(IdentityError::Authority)?;
+        check_domain(&issuer, trust_domain).map_err(IdentityError::Authority)?;
+        let bundle = issuer.bundle().map_err(IdentityError::Authority)?;
+        Ok(SavedAuthority { root: None, issuer, bundle })
+    }
+
+    /// Returns all tokens. A damaged file costs its token only.
+    pub(crate) fn load_tokens(&self) -> Result<Vec<(TokenId, TokenRecord)>, StoreError> {
+        let dir = self.tokens();
+        let unlisted = |cause| StoreError::List { path: dir.clone(), cause };
+        let mut tokens = Vec::new();
+        for entry in std::fs::read_dir(&dir).map_err(unlisted)? {
+            let path = entry.map_err(unlisted)?.path();
+            let id =
+                path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| TokenId::from_str(stem).ok());
+            let Some(id) = id.filter(|_| path.extension().is_some_and(|extension| extension == "json"))
+            else {
+                continue;
+            };
+            match read_json(&path) {
+                Ok(Some(record)) => tokens.push((id, record)),
+                Ok(None) => {}
+                Err(error) => tracing::error!("{}", vmesh_daemon::report::one_line(&error)),
+            }
+        }
+        Ok(tokens)
+    }
+
+    pub(crate) fn save_token(&self, id: TokenId, record: &TokenRecord) -> Result<(), StoreError> {
+        write_json(&self.tokens().join(format!("{id}.json")), record)
+    }
+
+    /// Removes the files of tokens. A file that stays is removed when its token is forgotten again.
+    pub(crate) fn remove_tokens(&self, ids: &[TokenId]) {
+        for id in ids {
+            _ = std::fs::remove_file(self.tokens().join(format!("{id}.json")));
+        }
+    }
+
+    pub(crate) fn load_bans(&self) -> Result<BTreeSet<NodeName>, StoreError> {
+        Ok(read_json(&self.file("bans.json"))?.unwrap_or_default())
+    }
+
+    pub(crate) fn save_bans(&self, bans: &BTreeSet<NodeName>) -> Result<(), StoreError> {
+        write_json(&self.file("bans.json"), bans)
+    }
+}
+
+fn check_domain(issuer: &Issuer, expected: &TrustDomain) -> Result<(), AuthorityError> {
+    match issuer.trust_domain() == expected {
+        true => Ok(()),
+        false => {
+            let (found, expected) = (issuer.trust_domain().to_string(), expected.clone());
+            Err(AuthorityError::TrustDomain { found, expected })
+        }
+    }
+}
+
+/// Reads a text file; `None` if it does not exist. The text may be a key, so it is zeroised when dropped.
+fn read(path: &Path) -> Result<Option<Zeroizing<String>>, StoreError> {
+    match fsx::read_capped(path, MAX_BYTES) {
+        Ok(bytes) => {
+            let text = String::from_utf8(bytes).map_err(|_| StoreError::NotText(path.to_owned()))?;
+            Ok(Some(Zeroizing::new(text)))
+        }
+        Err(error) if error.is_not_found() => Ok(None),
+        Err(error) => Err(StoreError::File(error)),
+    }
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+    fsx::write_atomically(path, bytes, fsx::PRIVATE).map_err(StoreError::File)
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, StoreError> {
+    let Some(text) = read(path)? else { return Ok(None) };
+    serde_json::from_str(&text).map(Some).map_err(|cause| StoreError::Json { path: path.to_owned(), cause })
+}
+
+fn write_json<T: serde::Serialize>(path: &Path, value: &T) -> Result<(), StoreError> {
+    let text = serde_json::to_vec(value).map_err(|cause| StoreError::Encode(path.to_owned(), cause))?;
+    write(path, &text)
+}

@@ -1,0 +1,194 @@
+//! The subcommands about identities: `ca`, `token` and `node`.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use vmesh_api::identity::{IdentityStatus, InitRequest, TokenRequest, Tokens};
+use vmesh_model::text::{parse_duration, show_duration};
+use vmesh_model::{Labels, NodeName, ServiceName};
+
+use crate::client::{Api, ApiError};
+use crate::table::table;
+use crate::{Cli, RenderedOutput, action_output, render};
+
+/// The certificate authority of the mesh.
+#[derive(Debug, Subcommand)]
+pub(crate) enum CaCommand {
+    /// Make the root and the intermediate of this control plane, or take an intermediate that was made elsewhere.
+    Init {
+        /// The chain of an intermediate that was made elsewhere: the intermediate first, the root last.
+        #[arg(long, value_name = "FILE", requires = "key_file")]
+        chain_file: Option<PathBuf>,
+        /// The file with the intermediate's key, on the control plane's host.
+        #[arg(long, value_name = "FILE", requires = "chain_file")]
+        key_file: Option<String>,
+    },
+    /// Show the certificates of the authority, and counts of joins and refusals.
+    Status,
+    /// Print the roots that the mesh trusts, in PEM.
+    Bundle,
+}
+
+/// Join tokens.
+#[derive(Debug, Subcommand)]
+pub(crate) enum TokenCommand {
+    /// Create a token with which one node can join once, and print it.
+    Create(CreateToken),
+    /// List the tokens that this control plane created, without their secrets.
+    List,
+    /// Revoke a token that has not been used.
+    Revoke { id: String },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CreateToken {
+    /// The name of the node that joins with the token (`node.name` in its agent.yaml).
+    #[arg(long)]
+    node: NodeName,
+    /// A service that the node may run. Repeat it for each.
+    #[arg(long = "service", value_name = "SERVICE")]
+    services: Vec<ServiceName>,
+    /// A label that the node has whatever its agent.yaml says: `role=web`. Repeat it for each.
+    #[arg(long = "label", value_name = "NAME=VALUE", value_parser = label)]
+    labels: Vec<(String, String)>,
+    /// The network that the node must join from: `10.0.0.0/8`.
+    #[arg(long, value_name = "NETWORK")]
+    from: Option<String>,
+    /// The time in which the token can be used.
+    #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = parse_duration)]
+    ttl: Duration,
+}
+
+/// Nodes as identities.
+#[derive(Debug, Subcommand)]
+pub(crate) enum NodeCommand {
+    /// End a node's stream, and give it neither configuration nor certificates.
+    Ban { node: NodeName },
+    /// Lift a ban.
+    Unban { node: NodeName },
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("a label is NAME=VALUE")?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+pub(crate) async fn ca(cli: &Cli, api: &Api, command: &CaCommand) -> Result<RenderedOutput, ApiError> {
+    match command {
+        CaCommand::Init { chain_file, key_file } => {
+            let chain = match chain_file {
+                Some(path) => Some(
+                    std::fs::read_to_string(path)
+                        .map_err(|cause| ApiError::File { path: path.clone(), cause })?,
+                ),
+                None => None,
+            };
+            let request = InitRequest { chain, key_file: key_file.clone() };
+            render(cli, api.init_authority(&request).await?, status)
+        }
+        CaCommand::Status => render(cli, api.identity().await?, status),
+        CaCommand::Bundle => {
+            let answer = api.bundle().await?;
+            match cli.json {
+                true => render(cli, answer, |_| (String::new(), false)),
+                false => Ok(RenderedOutput { text: answer.bundle, code: 0 }),
+            }
+        }
+    }
+}
+
+pub(crate) async fn token(cli: &Cli, api: &Api, command: &TokenCommand) -> Result<RenderedOutput, ApiError> {
+    match command {
+        TokenCommand::Create(CreateToken { node, services, labels, from, ttl }) => {
+            let labels: Labels =
+                labels.iter().map(|(name, value)| (name.as_str().into(), value.as_str().into())).collect();
+            let request = TokenRequest {
+                node: node.clone(),
+                services: services.iter().cloned().collect::<BTreeSet<_>>(),
+                labels,
+                network: from.clone(),
+                ttl: ttl.as_secs(),
+            };
+            render(cli, api.create_token(&request).await?, |token| (format!("{}\n", token.token), false))
+        }
+        TokenCommand::List => render(cli, api.tokens().await?, tokens),
+        TokenCommand::Revoke { id } => render(cli, api.revoke_token(id).await?, action_output),
+    }
+}
+
+pub(crate) async fn node(cli: &Cli, api: &Api, command: &NodeCommand) -> Result<RenderedOutput, ApiError> {
+    let answer = match command {
+        NodeCommand::Ban { node } => api.set_ban(node, true).await?,
+        NodeCommand::Unban { node } => api.set_ban(node, false).await?,
+    };
+    render(cli, answer, action_output)
+}
+
+fn status(status: &IdentityStatus) -> (String, bool) {
+    let mut text = format!("trust domain   {}\n", status.trust_domain);
+    match &status.listen {
+        Some(listen) => text.push_str(&format!("mTLS xDS       {listen}\n")),
+        None => text.push_str("mTLS xDS       not configured (`listen.xds` in control.yaml)\n"),
+    }
+    let Some(authority) = &status.authority else {
+        text.push_str("authority      none: run `vmeshctl ca init`\n");
+        return (text, true);
+    };
+    let root =
+        if authority.has_root_key { "its key is on this control plane" } else { "its key is elsewhere" };
+    text.push_str(&format!("root           {}; {root}\n", expiry(authority.root_expires)));
+    text.push_str(&format!("root key       sha256:{}\n", authority.root_key));
+    text.push_str(&format!("intermediate   {}\n", expiry(authority.intermediate_expires)));
+    text.push_str(&format!("trust bundle   {} ({} roots)\n", authority.bundle, authority.roots));
+    let counts = &status.counts;
+    text.push_str(&format!(
+        "since start    {} joined, {} joins refused; {} renewals, {} refused; {} handshakes failed, {} admissions denied\n",
+        counts.joined,
+        counts.join_refused,
+        counts.renewed,
+        counts.renew_refused,
+        counts.handshakes_failed,
+        counts.admissions_denied
+    ));
+    for node in &status.banned {
+        text.push_str(&format!("banned         {node}\n"));
+    }
+    (text, false)
+}
+
+fn tokens(tokens: &Tokens) -> (String, bool) {
+    if tokens.tokens.is_empty() {
+        return ("no tokens\n".to_owned(), false);
+    }
+    let mut rows = vec![["ID", "NODE", "SERVICES", "FROM", "STATE"].map(str::to_owned)];
+    for token in &tokens.tokens {
+        let services: Vec<&str> = token.services.iter().map(ServiceName::as_str).collect();
+        let state = match (&token.redeemed_from, token.expires <= now()) {
+            (Some(from), _) => format!("used by {from}"),
+            (None, true) => "expired".to_owned(),
+            (None, false) => expiry(token.expires),
+        };
+        let network = token.network.clone().unwrap_or_else(|| "anywhere".to_owned());
+        rows.push([token.id.clone(), token.node.to_string(), services.join(","), network, state]);
+    }
+    (table(&rows), false)
+}
+
+fn expiry(at: u64) -> String {
+    match at.checked_sub(now()) {
+        Some(left) if left > 0 => format!("expires in {}", show_duration(rounded(left))),
+        _ => "has expired".to_owned(),
+    }
+}
+
+/// Rounds a duration in seconds to days, hours or minutes.
+fn rounded(seconds: u64) -> Duration {
+    let unit = [86_400, 3600, 60].into_iter().find(|unit| seconds >= 2 * unit).unwrap_or(1);
+    Duration::from_secs(seconds / unit * unit)
+}
+
+fn now() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs()
+}
