@@ -61,6 +61,64 @@ impl Mesh {
         Mesh::prepare_on("  - file: {path: services.d}\n", "documents: {dir: mesh.d}\n", files)
     }
 
+    /// Starts a control plane with an authority, which serves nodes at its mTLS port, and whose leaves are valid for `leaf_lifetime`.
+    pub async fn secure(files: &[(&str, &str)], leaf_lifetime: &str) -> Result<Mesh> {
+        let mut mesh = Mesh::prepare(files)?;
+        let config = fs::read_to_string(mesh.path("control.yaml"));
+        let config = config.map_err(Failed::to("could not read control.yaml"))?;
+        let mtls = mesh.mtls_xds();
+        let config = config.replace("listen: {", &format!("listen: {{xds: \"{mtls}\", "));
+        let identity = format!("trust_domain: mesh.test\nidentity: {{leaf_lifetime: {leaf_lifetime}}}\n");
+        mesh.write("control.yaml", &format!("{config}{identity}"))?;
+        mesh.start_control().await?;
+        mesh.admin(&["ca", "init"])?;
+        Ok(mesh)
+    }
+
+    /// Returns the address of the mTLS port.
+    pub fn mtls_xds(&self) -> SocketAddr {
+        SocketAddr::new(self.home.ip(), 15012)
+    }
+
+    /// Runs `vmeshctl` through the control plane's Unix socket, and returns its output.
+    pub fn admin(&self, args: &[&str]) -> Result<String> {
+        let output = self.admin_output(args)?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        match output.status.code() {
+            Some(0 | 3) => Ok(text),
+            _ => {
+                let error = String::from_utf8_lossy(&output.stderr).into_owned();
+                Err(Failed::new(format!("vmeshctl {}: {error}", args.join(" "))))
+            }
+        }
+    }
+
+    /// Runs `vmeshctl` through the control plane's Unix socket.
+    pub fn admin_output(&self, args: &[&str]) -> Result<Output> {
+        let mut command = Command::new(binary("vmeshctl")?);
+        let socket = self.path("state/control/api.sock");
+        command.args(["--api", &format!("unix:{}", socket.display())]).args(args);
+        command.output().map_err(Failed::to("could not start vmeshctl"))
+    }
+
+    /// Starts an agent that joins with a token for `services`: see [`Mesh::agent`].
+    pub async fn secure_agent(
+        &mut self,
+        name: &str,
+        services: &[&str],
+        calls: &[&str],
+        more: &str,
+    ) -> Result<()> {
+        let mut args = vec!["token", "create", "--node", name, "--ttl", "10m"];
+        services.iter().for_each(|service| args.extend(["--service", service]));
+        let token = self.admin(&args)?;
+        let file = format!("agents/{name}.token");
+        self.write(&file, &token)?;
+        let more = format!("join: {{token_file: {file}}}\n{more}");
+        let control_plane = format!("\"{}\"", self.mtls_xds());
+        self.agent_of(&control_plane, name, calls, &more).await
+    }
+
     /// Prepares a control plane with these sources (a YAML list) and more YAML for `control.yaml`, without
     /// starting it.
     pub fn prepare_on(discovery: &str, more: &str, files: &[(&str, &str)]) -> Result<Mesh> {
@@ -178,17 +236,20 @@ impl Mesh {
     /// Starts an agent on an address of its own. Its applications dial their upstreams on this address: the
     /// services of `calls` on ports 9001 and up. `more` is additional YAML for its configuration.
     pub async fn agent(&mut self, name: &str, calls: &[&str], more: &str) -> Result<()> {
-        let place = Loopback::unique()?;
-        let ip = place.ip();
         let control_planes: Vec<_> = std::iter::once(self.xds)
             .chain(self.replicas.iter().copied())
             .map(|xds| format!("\"http://{xds}\""))
             .collect();
+        self.agent_of(&control_planes.join(", "), name, calls, more).await
+    }
+
+    async fn agent_of(&mut self, control_planes: &str, name: &str, calls: &[&str], more: &str) -> Result<()> {
+        let place = Loopback::unique()?;
+        let ip = place.ip();
         let mut config = format!(
-            "control_plane: [{}]\nstate_dir: state/{name}\nrun_dir: run/{name}\n\
+            "control_plane: [{control_planes}]\nstate_dir: state/{name}\nrun_dir: run/{name}\n\
              envoy: {{path: {:?}, manage: child, concurrency: 1, drain: 1s}}\n\
              listen: {{api: \"{ip}:15020\"}}\nnode: {{name: {name}, address: {ip}}}\n",
-            control_planes.join(", "),
             envoy::find()?.display().to_string(),
         );
         if !calls.is_empty() {

@@ -13,6 +13,8 @@
 //! | `GET /api/v1/identity` | [`IdentityStatus`] |
 //! | `POST /api/v1/identity/init` | makes a root and an intermediate, or takes those of [`InitRequest`]; [`IdentityStatus`] |
 //! | `GET /api/v1/identity/bundle` | [`BundleAnswer`] |
+//! | `GET /api/v1/identity/rotation` | [`RotationStatus`] |
+//! | `POST /api/v1/identity/rotation` | begins a rotation of the root, or takes the step of [`RotationRequest`]; [`RotationStatus`] |
 //! | `GET /api/v1/tokens` | [`Tokens`] |
 //! | `POST /api/v1/tokens` | creates a join token for [`TokenRequest`]; [`TokenAnswer`] |
 //! | `DELETE /api/v1/tokens/ID` | revokes a token; [`ActionResult`](crate::ActionResult) |
@@ -78,6 +80,12 @@ pub struct RenewRequest {
     /// The version of the trust bundle that the node uses (`TrustBundle::version`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bundle: Option<String>,
+    /// The roots that signed the node's certificates in use: the SHA-256 of each root's public key, in hexadecimal digits.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub roots: BTreeSet<String>,
+    /// The end of the longest validity among these certificates, in Unix seconds.
+    #[serde(default)]
+    pub expires: u64,
     /// The node's clock, in Unix seconds.
     #[serde(default)]
     pub now: u64,
@@ -96,6 +104,9 @@ pub struct RenewAnswer {
     /// True if the node's certificates should be renewed now, whatever their age.
     #[serde(default)]
     pub renew_now: bool,
+    /// The pause, in seconds, after which the node asks for the trust bundle again.
+    #[serde(default)]
+    pub ask_again_in: u64,
     /// The control plane's clock, in Unix seconds.
     pub now: u64,
 }
@@ -211,4 +222,49 @@ pub struct ListedToken {
     /// The address that redeemed it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub redeemed_from: Option<Arc<str>>,
+}
+
+/// A step of a rotation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RotationStep {
+    /// Begins a rotation of the root, or goes on with the one under way.
+    Next,
+    /// Steps back, or ends a rotation whose new root issued nothing.
+    Back,
+    /// Replaces the intermediate of this control plane under the same root, at once.
+    Intermediate,
+}
+
+/// The request for a step of a rotation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RotationRequest {
+    pub step: RotationStep,
+    /// Nodes that no step waits for.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub exempt: BTreeSet<NodeName>,
+    /// As in [`InitRequest`]: an intermediate of the new root that was made elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chain: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_file: Option<String>,
+}
+
+/// The progress of a rotation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RotationStatus {
+    /// `prepared`, `distributing`, `active`; `None`: no rotation is under way.
+    pub stage: Option<String>,
+    /// What was done by the request that this answers, and what comes next.
+    pub summary: String,
+    /// The Unix time when the stage began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<u64>,
+    /// The live nodes, and those that have the trust bundle and certificates of the new root.
+    pub live: usize,
+    pub with_bundle: usize,
+    pub with_new_certificates: usize,
+    /// The nodes that the next step waits for; at most 20 are listed.
+    pub waiting_for: Vec<NodeName>,
 }

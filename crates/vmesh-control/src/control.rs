@@ -16,7 +16,7 @@ use crate::compilation::Compilation;
 use crate::discovery::OperatorActions;
 use crate::explain::{self, NodeStatus};
 use crate::fleet::{Fleet, node_status};
-use crate::identity::IdentityService;
+use crate::identity::{IdentityService, KnownNode};
 use crate::metrics::Propagation;
 use crate::persist::WriteStatus;
 use crate::time::unix_now;
@@ -91,6 +91,17 @@ impl Control {
             (report, status)
         });
         nodes.collect()
+    }
+
+    /// Returns the nodes that have joined, connected or not.
+    pub(crate) fn enrolled_nodes(&self) -> Vec<KnownNode> {
+        let (world, offline) = (self.world(), self.fleet.offline_since());
+        let enrolled = world.nodes.values().filter(|report| report.identity.is_some());
+        let known = enrolled.map(|report| KnownNode {
+            name: report.name.clone(),
+            offline_since: offline.get(&report.name).copied(),
+        });
+        known.collect()
     }
 
     /// Returns the number of node names that two hosts share.

@@ -9,7 +9,10 @@ use bytes::Bytes;
 use http::{Method, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use vmesh_api::identity::{BundleAnswer, IdentityStatus, InitRequest, TokenAnswer, TokenRequest, Tokens};
+use vmesh_api::identity::{
+    BundleAnswer, IdentityStatus, InitRequest, RotationRequest, RotationStatus, TokenAnswer, TokenRequest,
+    Tokens,
+};
 use vmesh_api::{
     AcceptRequest, ActionResult, Discovery, EndpointRequest, Events, Explanation, Failure, Nodes, Problems,
     Services, SourceSelector, Status,
@@ -140,6 +143,14 @@ impl Api {
 
     pub(crate) async fn bundle(&self) -> Result<BundleAnswer, ApiError> {
         self.request(Method::GET, "/api/v1/identity/bundle").await
+    }
+
+    pub(crate) async fn rotation(&self) -> Result<RotationStatus, ApiError> {
+        self.request(Method::GET, "/api/v1/identity/rotation").await
+    }
+
+    pub(crate) async fn rotate(&self, request: &RotationRequest) -> Result<RotationStatus, ApiError> {
+        self.post_json("/api/v1/identity/rotation", request).await
     }
 
     pub(crate) async fn tokens(&self) -> Result<Tokens, ApiError> {

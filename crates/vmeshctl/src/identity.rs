@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use vmesh_api::identity::{IdentityStatus, InitRequest, TokenRequest, Tokens};
+use vmesh_api::identity::{
+    IdentityStatus, InitRequest, RotationRequest, RotationStatus, RotationStep, TokenRequest, Tokens,
+};
 use vmesh_model::text::{parse_duration, show_duration};
 use vmesh_model::{Labels, NodeName, ServiceName};
 
@@ -17,18 +19,49 @@ use crate::{Cli, RenderedOutput, action_output, render};
 #[derive(Debug, Subcommand)]
 pub(crate) enum CaCommand {
     /// Make the root and the intermediate of this control plane, or take an intermediate that was made elsewhere.
-    Init {
-        /// The chain of an intermediate that was made elsewhere: the intermediate first, the root last.
-        #[arg(long, value_name = "FILE", requires = "key_file")]
-        chain_file: Option<PathBuf>,
-        /// The file with the intermediate's key, on the control plane's host.
-        #[arg(long, value_name = "FILE", requires = "chain_file")]
-        key_file: Option<String>,
-    },
+    Init(Supplied),
     /// Show the certificates of the authority, and counts of joins and refusals.
     Status,
     /// Print the roots that the mesh trusts, in PEM.
     Bundle,
+    /// Replace the root: begin a rotation, or take its next step. Each step is refused while a live node is not ready for it.
+    Rotate(RotateArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RotateArgs {
+    /// Show the rotation and the nodes that its next step waits for, and change nothing.
+    #[arg(long, conflicts_with_all = ["back", "intermediate", "exempt"])]
+    status: bool,
+    /// Step back, or end a rotation whose new root has issued nothing.
+    #[arg(long, conflicts_with = "intermediate")]
+    back: bool,
+    /// Replace the intermediate of this control plane under the same root, at once.
+    #[arg(long)]
+    intermediate: bool,
+    /// A node that no step waits for. Its connections may fail until it joins again. Repeat it for each.
+    #[arg(long, value_name = "NODE")]
+    exempt: Vec<NodeName>,
+    #[command(flatten)]
+    supplied: Supplied,
+}
+
+/// An intermediate that was made elsewhere.
+#[derive(Debug, Args)]
+pub(crate) struct Supplied {
+    /// The chain of an intermediate that was made elsewhere: the intermediate first, the root last.
+    #[arg(long, value_name = "FILE", requires = "key_file")]
+    chain_file: Option<PathBuf>,
+    /// The file with the intermediate's key, on the control plane's host.
+    #[arg(long, value_name = "FILE", requires = "chain_file")]
+    key_file: Option<String>,
+}
+
+impl Supplied {
+    fn chain(&self) -> Result<Option<String>, ApiError> {
+        let Some(path) = &self.chain_file else { return Ok(None) };
+        std::fs::read_to_string(path).map(Some).map_err(|cause| ApiError::File { path: path.clone(), cause })
+    }
 }
 
 /// Join tokens.
@@ -77,16 +110,24 @@ fn label(text: &str) -> Result<(String, String), String> {
 
 pub(crate) async fn ca(cli: &Cli, api: &Api, command: &CaCommand) -> Result<RenderedOutput, ApiError> {
     match command {
-        CaCommand::Init { chain_file, key_file } => {
-            let chain = match chain_file {
-                Some(path) => Some(
-                    std::fs::read_to_string(path)
-                        .map_err(|cause| ApiError::File { path: path.clone(), cause })?,
-                ),
-                None => None,
-            };
-            let request = InitRequest { chain, key_file: key_file.clone() };
+        CaCommand::Init(supplied) => {
+            let request = InitRequest { chain: supplied.chain()?, key_file: supplied.key_file.clone() };
             render(cli, api.init_authority(&request).await?, status)
+        }
+        CaCommand::Rotate(RotateArgs { status: true, .. }) => render(cli, api.rotation().await?, rotation),
+        CaCommand::Rotate(RotateArgs { back, intermediate, exempt, supplied, .. }) => {
+            let step = match (back, intermediate) {
+                (true, _) => RotationStep::Back,
+                (false, true) => RotationStep::Intermediate,
+                (false, false) => RotationStep::Next,
+            };
+            let request = RotationRequest {
+                step,
+                exempt: exempt.iter().cloned().collect(),
+                chain: supplied.chain()?,
+                key_file: supplied.key_file.clone(),
+            };
+            render(cli, api.rotate(&request).await?, rotation)
         }
         CaCommand::Status => render(cli, api.identity().await?, status),
         CaCommand::Bundle => {
@@ -154,6 +195,18 @@ fn status(status: &IdentityStatus) -> (String, bool) {
     ));
     for node in &status.banned {
         text.push_str(&format!("banned         {node}\n"));
+    }
+    (text, false)
+}
+
+fn rotation(rotation: &RotationStatus) -> (String, bool) {
+    let Some(stage) = &rotation.stage else { return (format!("{}\n", rotation.summary), false) };
+    let mut text = format!(
+        "stage          {stage}\n{}\nlive nodes     {}: {} have the trust bundle, {} have certificates of the new root\n",
+        rotation.summary, rotation.live, rotation.with_bundle, rotation.with_new_certificates
+    );
+    for node in &rotation.waiting_for {
+        text.push_str(&format!("waits for      {node}\n"));
     }
     (text, false)
 }

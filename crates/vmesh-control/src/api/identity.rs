@@ -8,7 +8,9 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
-use vmesh_api::identity::{IdentityStatus, InitRequest, TokenRequest, Tokens};
+use vmesh_api::identity::{
+    IdentityStatus, InitRequest, RotationRequest, RotationStatus, TokenRequest, Tokens,
+};
 use vmesh_daemon::report::one_line;
 use vmesh_model::NodeName;
 
@@ -23,6 +25,7 @@ pub(super) fn read_only() -> Router<Arc<Control>> {
         .route("/api/v1/identity", get(status))
         .route("/api/v1/identity/bundle", get(bundle))
         .route("/api/v1/identity/init", refuse())
+        .route("/api/v1/identity/rotation", refuse().get(rotation))
         .route("/api/v1/tokens", refuse().get(async || read_only_error()))
         .route("/api/v1/tokens/{id}", delete(async || read_only_error()))
         .route("/api/v1/nodes/{name}/ban", refuse())
@@ -35,6 +38,7 @@ pub(super) fn full() -> Router<Arc<Control>> {
         .route("/api/v1/identity", get(status))
         .route("/api/v1/identity/bundle", get(bundle))
         .route("/api/v1/identity/init", post(init))
+        .route("/api/v1/identity/rotation", get(rotation).post(rotate))
         .route("/api/v1/tokens", get(tokens).post(create_token))
         .route("/api/v1/tokens/{id}", delete(revoke_token))
         .route("/api/v1/nodes/{name}/ban", post(ban))
@@ -62,6 +66,26 @@ async fn init(State(control): ControlState, body: Bytes) -> Response {
     };
     match control.identities.init(request).await {
         Ok(status) => Json(status).into_response(),
+        Err(error) => refusal(&error),
+    }
+}
+
+async fn rotation(State(control): ControlState) -> Json<RotationStatus> {
+    Json(control.identities.rotation_status(&control.enrolled_nodes()))
+}
+
+async fn rotate(State(control): ControlState, body: Bytes) -> Response {
+    let request: RotationRequest = match parse_body(&body) {
+        Ok(request) => request,
+        Err(wrong) => return *wrong,
+    };
+    match control.identities.rotate(request, &control.enrolled_nodes()).await {
+        Ok(status) => {
+            let detail = AuditDetail(status.summary.clone());
+            let mut response = Json(status).into_response();
+            response.extensions_mut().insert(detail);
+            response
+        }
         Err(error) => refusal(&error),
     }
 }
@@ -120,7 +144,12 @@ async fn set_ban(State(control): ControlState, Path(name): Path<String>, is_bann
 
 fn refusal(error: &IdentityError) -> Response {
     let status = match error {
-        IdentityError::NoAuthority | IdentityError::HasAuthority(_) => StatusCode::CONFLICT,
+        IdentityError::NoAuthority
+        | IdentityError::HasAuthority(_)
+        | IdentityError::NoRotation
+        | IdentityError::Rotating(_)
+        | IdentityError::NoRootKey
+        | IdentityError::Blocked(_) => StatusCode::CONFLICT,
         IdentityError::UnknownToken(_) => StatusCode::NOT_FOUND,
         IdentityError::Wrong(_) | IdentityError::Create(_) | IdentityError::Authority(_) => {
             StatusCode::BAD_REQUEST

@@ -6,9 +6,10 @@ use std::time::{Duration, SystemTime};
 use serde::Deserialize;
 use vmesh_api::identity::AuthorityStatus;
 use vmesh_identity::authority::AuthorityError;
+use vmesh_identity::rotation::Generation;
 use vmesh_identity::{
-    Certificate, CertificateChain, Identity, Issuer, Key, Lifetimes, Root, Subject, TrustBundle, TrustDomain,
-    tls,
+    Certificate, CertificateChain, Identity, Issuer, Key, Lifetimes, Root, Rotation, Subject, TrustBundle,
+    TrustDomain, tls,
 };
 use vmesh_model::NodeName;
 use vmesh_model::text::{Time, show_duration};
@@ -70,13 +71,50 @@ impl IdentitySettings {
     }
 }
 
-/// The authority as the disk holds it.
+/// A root and the intermediate of this replica that it signed.
 #[derive(Debug)]
-pub(crate) struct SavedAuthority {
+pub(crate) struct AuthoritySet {
+    /// The number of its directory.
+    pub(crate) number: u32,
     /// The root with its key, if it was made here.
     pub(crate) root: Option<Root>,
     pub(crate) issuer: Issuer,
-    pub(crate) bundle: TrustBundle,
+}
+
+impl AuthoritySet {
+    /// Returns the root's certificate, which ends the chain of the intermediate.
+    fn root_certificate(&self) -> Result<Certificate, AuthorityError> {
+        let root = self.issuer.chain().certificates().last().ok_or(AuthorityError::NotAnAuthority)?;
+        Certificate::read(root).map_err(AuthorityError::Certificate)
+    }
+}
+
+/// The authority as the disk holds it: the one in use, and while the root is replaced, the new one with the stage of the rotation.
+#[derive(Debug, Clone)]
+pub(crate) struct SavedAuthority {
+    pub(crate) current: Arc<AuthoritySet>,
+    pub(crate) rotation: Option<(Arc<AuthoritySet>, Rotation)>,
+}
+
+impl SavedAuthority {
+    /// Returns the roots that nodes are to trust.
+    fn bundle(&self) -> Result<TrustBundle, AuthorityError> {
+        let bundle = self.current.issuer.bundle()?;
+        match &self.rotation {
+            Some((next, rotation)) if rotation.trusts(Generation::New) => {
+                bundle.with(next.root_certificate()?.der).map_err(AuthorityError::Bundle)
+            }
+            _ => Ok(bundle),
+        }
+    }
+
+    /// Returns the intermediate that issues the certificates of nodes and services.
+    fn issuer(&self) -> &Issuer {
+        match &self.rotation {
+            Some((next, rotation)) if rotation.issuer() == Generation::New => &next.issuer,
+            _ => &self.current.issuer,
+        }
+    }
 }
 
 /// Makes a root and the intermediate of this replica.
@@ -85,19 +123,21 @@ pub(crate) fn generate(
     replica: &NodeName,
     now: SystemTime,
     settings: &IdentitySettings,
-) -> Result<SavedAuthority, AuthorityError> {
+) -> Result<(Root, Issuer), AuthorityError> {
     let lifetimes = settings.lifetimes();
     let root = Root::generate(trust_domain, now, &lifetimes)?;
     let issuer = root.issue_intermediate(replica.as_str(), now, &lifetimes)?;
-    let bundle = issuer.bundle()?;
-    Ok(SavedAuthority { root: Some(root), issuer, bundle })
+    Ok((root, issuer))
 }
 
 /// The authority in use. It does not change: a change makes another one.
 #[derive(Debug)]
 pub(crate) struct Authority {
-    saved: Arc<SavedAuthority>,
+    saved: SavedAuthority,
+    bundle: TrustBundle,
     root: Certificate,
+    /// The SHA-256 of the public key of the root that replaces the current one.
+    next_root: Option<[u8; 32]>,
     tls: Arc<rustls::ServerConfig>,
     /// The certificate that `listen.xds` shows.
     server: Certificate,
@@ -105,42 +145,59 @@ pub(crate) struct Authority {
 }
 
 impl Authority {
-    /// Makes the authority usable: issues the certificate of this replica.
+    /// Makes the authority usable: issues the certificate of this replica. The current root signs it until a rotation has ended, so that
+    /// a node that was away can come back.
     pub(crate) fn start(
         saved: SavedAuthority,
         replica: &NodeName,
         now: SystemTime,
         settings: &IdentitySettings,
     ) -> Result<Authority, AuthorityError> {
-        Authority::of(Arc::new(saved), replica, now, settings)
-    }
-
-    fn of(
-        saved: Arc<SavedAuthority>,
-        replica: &NodeName,
-        now: SystemTime,
-        settings: &IdentitySettings,
-    ) -> Result<Authority, AuthorityError> {
         let lifetimes = settings.lifetimes();
+        let issuer = &saved.current.issuer;
         let key = Key::generate().map_err(AuthorityError::Key)?;
         let request = key.request().map_err(AuthorityError::Key)?;
-        let id = saved.issuer.trust_domain().id(Identity::ControlPlane(replica.clone()));
-        let chain = saved.issuer.issue(&request, &Subject::from(id), now, &lifetimes)?;
+        let id = issuer.trust_domain().id(Identity::ControlPlane(replica.clone()));
+        let chain = issuer.issue(&request, &Subject::from(id), now, &lifetimes)?;
         let server = chain.leaf().map_err(AuthorityError::Certificate)?;
-        let tls = tls::server_config(&chain, &key, saved.bundle.clone()).map_err(AuthorityError::Tls)?;
-        let root = saved.issuer.chain().certificates().last().ok_or(AuthorityError::NotAnAuthority)?;
-        let root = Certificate::read(root).map_err(AuthorityError::Certificate)?;
-        Ok(Authority { saved, root, tls: Arc::new(tls), server, lifetimes })
+        let bundle = saved.bundle()?;
+        let tls = tls::server_config(&chain, &key, bundle.clone()).map_err(AuthorityError::Tls)?;
+        let root = saved.current.root_certificate()?;
+        let next_root = match &saved.rotation {
+            Some((next, _)) => Some(next.root_certificate()?.key_hash),
+            None => None,
+        };
+        Ok(Authority { saved, bundle, root, next_root, tls: Arc::new(tls), server, lifetimes })
     }
 
-    /// Returns the same authority with a new certificate for `listen.xds`.
-    pub(crate) fn with_new_server_certificate(
+    /// Returns the authority as the disk holds it.
+    pub(crate) fn saved(&self) -> &SavedAuthority {
+        &self.saved
+    }
+
+    pub(crate) fn rotation(&self) -> Option<&Rotation> {
+        self.saved.rotation.as_ref().map(|(_, rotation)| rotation)
+    }
+
+    /// Returns the SHA-256 of the public key of the new root, in hexadecimal digits, while the root is replaced.
+    pub(crate) fn next_root_key(&self) -> Option<String> {
+        self.next_root.as_ref().map(hex)
+    }
+
+    /// Makes a new intermediate under the current root. The root is trusted already, so it is in use at once.
+    pub(crate) fn new_intermediate(
         &self,
         replica: &NodeName,
         now: SystemTime,
-        settings: &IdentitySettings,
-    ) -> Result<Authority, AuthorityError> {
-        Authority::of(self.saved.clone(), replica, now, settings)
+    ) -> Result<Option<(Root, Issuer)>, AuthorityError> {
+        let Some(root) = &self.saved.current.root else { return Ok(None) };
+        let issuer = root.issue_intermediate(replica.as_str(), now, &self.lifetimes)?;
+        let certificate = vmesh_identity::certificate::pem(root.certificate());
+        Ok(Some((Root::from_pem(&certificate, &root.key().to_pem())?, issuer)))
+    }
+
+    pub(crate) fn leaf_lifetime(&self) -> Duration {
+        self.lifetimes.leaf
     }
 
     pub(crate) fn tls(&self) -> Arc<rustls::ServerConfig> {
@@ -148,7 +205,7 @@ impl Authority {
     }
 
     pub(crate) fn bundle(&self) -> &TrustBundle {
-        &self.saved.bundle
+        &self.bundle
     }
 
     /// Returns the SHA-256 of the root's public key, which join tokens pin.
@@ -158,7 +215,7 @@ impl Authority {
 
     /// Returns the pin in hexadecimal digits.
     pub(crate) fn root_key(&self) -> String {
-        self.root.key_hash.iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&self.root.key_hash)
     }
 
     pub(crate) fn issue(
@@ -167,7 +224,7 @@ impl Authority {
         subject: &Subject,
         now: SystemTime,
     ) -> Result<CertificateChain, AuthorityError> {
-        self.saved.issuer.issue(request, subject, now, &self.lifetimes)
+        self.saved.issuer().issue(request, subject, now, &self.lifetimes)
     }
 
     /// Returns how long the certificate of `listen.xds` stays in use.
@@ -180,10 +237,10 @@ impl Authority {
         AuthorityStatus {
             root_key: self.root_key(),
             root_expires: unix(self.root.not_after),
-            has_root_key: self.saved.root.is_some(),
-            intermediate_expires: unix(self.saved.issuer.not_after()),
-            bundle: self.saved.bundle.version(),
-            roots: self.saved.bundle.roots().len(),
+            has_root_key: self.saved.current.root.is_some(),
+            intermediate_expires: unix(self.saved.issuer().not_after()),
+            bundle: self.bundle.version(),
+            roots: self.bundle.roots().len(),
         }
     }
 
@@ -193,7 +250,7 @@ impl Authority {
             ("the root certificate", self.root.not_after, self.lifetimes.root, "run `vmeshctl ca rotate`"),
             (
                 "the intermediate certificate",
-                self.saved.issuer.not_after(),
+                self.saved.issuer().not_after(),
                 self.lifetimes.intermediate,
                 "run `vmeshctl ca rotate --intermediate`",
             ),
@@ -213,4 +270,9 @@ impl Authority {
         });
         soon.collect()
     }
+}
+
+/// Returns a hash in hexadecimal digits.
+fn hex(hash: &[u8; 32]) -> String {
+    hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -6,18 +6,24 @@
 //!                                             POST /v1/identity/renew (certificate of a node)
 //! ```
 //!
-//! [`IdentityService`] holds the state; `store` is its disk; `requests` answers nodes; `handshake` is the TLS of the port. No lock is
+//! [`IdentityService`] holds the state; `store` is its disk; `requests` answers nodes; `handshake` is the TLS of the port; `rotation`
+//! replaces the root, when `trust` shows that every node is ready. No lock is
 //! held while a certificate is signed or a file is written.
 
 mod authority;
 mod handshake;
 mod requests;
+mod rotation;
 mod store;
+mod trust;
 
 pub(crate) use authority::{Authority, IdentitySettings};
+use authority::{AuthoritySet, SavedAuthority};
 pub(crate) use handshake::TlsHandshake;
 pub(crate) use requests::NodeRequests;
 pub(crate) use store::{IdentityStore, StoreError};
+pub(crate) use trust::KnownNode;
+use trust::TrustReports;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -31,6 +37,7 @@ use vmesh_api::identity::{
 };
 use vmesh_daemon::report::one_line;
 use vmesh_identity::authority::AuthorityError;
+use vmesh_identity::rotation::{BlockedStep, Stage};
 use vmesh_identity::token::{CreateError, JoinGrant, JoinRefusal, TokenId};
 use vmesh_identity::{Certificate, Identity, JoinToken, NodeGrant, TokenLedger, TrustDomain};
 use vmesh_model::{Cidr, NodeName, Place, Problem, ServiceName};
@@ -54,6 +61,18 @@ pub(crate) enum IdentityError {
     Create(#[source] CreateError),
     #[error("there is no unused token `{0}`: `vmeshctl token list` shows them")]
     UnknownToken(String),
+    #[error("no rotation is under way: `vmeshctl ca rotate` begins one")]
+    NoRotation,
+    #[error(
+        "the root is being replaced (stage {0}): go on with `vmeshctl ca rotate`, or step back with `vmeshctl ca rotate --back`"
+    )]
+    Rotating(Stage),
+    #[error("the next step of the rotation cannot be taken")]
+    Blocked(#[source] BlockedStep),
+    #[error(
+        "the key of the root is not on this control plane: make an intermediate where it is, and give it with `--chain-file` and `--key-file`"
+    )]
+    NoRootKey,
     #[error("{0}")]
     Wrong(String),
 }
@@ -69,6 +88,8 @@ pub(crate) struct IdentityService {
     authority: watch::Sender<Option<Arc<Authority>>>,
     ledger: Mutex<TokenLedger>,
     banned: watch::Sender<BTreeSet<NodeName>>,
+    /// The trust of each node, as it last reported.
+    trust: TrustReports,
     counters: Counters,
     pub(crate) audit: AuditLog,
     /// Held while an authority is made, so that two requests do not make two.
@@ -119,6 +140,7 @@ impl IdentityService {
             authority: watch::Sender::new(authority),
             ledger: Mutex::new(ledger),
             banned: watch::Sender::new(banned),
+            trust: TrustReports::default(),
             counters: Counters::default(),
             audit,
             changing: tokio::sync::Mutex::default(),
@@ -158,13 +180,8 @@ impl IdentityService {
         let this = self.clone();
         let made = blocking(move || {
             let now = SystemTime::now();
-            let saved = match request.chain {
-                Some(chain) => {
-                    this.store.read_supplied(&chain, request.key_file.as_deref(), &this.trust_domain)?
-                }
-                None => authority::generate(&this.trust_domain, &this.replica, now, &this.settings)
-                    .map_err(IdentityError::Authority)?,
-            };
+            let current = this.make_set(&request, now)?;
+            let saved = SavedAuthority { current: Arc::new(current), rotation: None };
             this.store.save_authority(&saved).map_err(IdentityError::Store)?;
             Authority::start(saved, &this.replica, now, &this.settings).map_err(IdentityError::Authority)
         })
@@ -175,6 +192,21 @@ impl IdentityService {
         );
         self.authority.send_replace(Some(Arc::new(made)));
         Ok(self.status())
+    }
+
+    /// Makes a root and an intermediate, or takes over the intermediate of `request`, and writes them to the disk.
+    fn make_set(&self, request: &InitRequest, now: SystemTime) -> Result<AuthoritySet, IdentityError> {
+        let (root, issuer) = match &request.chain {
+            Some(chain) => {
+                (None, self.store.read_supplied(chain, request.key_file.as_deref(), &self.trust_domain)?)
+            }
+            None => {
+                let made = authority::generate(&self.trust_domain, &self.replica, now, &self.settings);
+                let (root, issuer) = made.map_err(IdentityError::Authority)?;
+                (Some(root), issuer)
+            }
+        };
+        self.store.save_set(root, issuer).map_err(IdentityError::Store)
     }
 
     /// Creates a join token, and saves it before it is shown.
@@ -231,7 +263,7 @@ impl IdentityService {
         let id: TokenId = id.parse().map_err(|_| unknown())?;
         let record = self.ledger().revoke(id).ok_or_else(unknown)?;
         let this = self.clone();
-        blocking(move || Ok(this.store.remove_tokens(&[id]))).await?;
+        blocking(move || this.store.remove_tokens(&[id])).await;
         Ok(format!("token {id} for node `{}` is revoked", record.grant.node))
     }
 
@@ -363,7 +395,7 @@ impl IdentityService {
                 () = tokio::time::sleep(authority.renew_server_in(SystemTime::now())) => {
                     let (replica, settings) = (self.replica.clone(), self.settings.clone());
                     let renewed = blocking(move || {
-                        authority.with_new_server_certificate(&replica, SystemTime::now(), &settings)
+                        Authority::start(authority.saved().clone(), &replica, SystemTime::now(), &settings)
                     });
                     match renewed.await {
                         Ok(renewed) => _ = self.authority.send_replace(Some(Arc::new(renewed))),

@@ -195,6 +195,7 @@ async fn issue_all(
             list(&grant.services)
         )));
     }
+    identities.trust.record(node, &asked);
     let node_chain = match &asked.node_request {
         Some(request) => Some(issue_node(authority, request, node, grant.clone()).await?),
         None => None,
@@ -216,7 +217,8 @@ async fn issue_all(
         granted: grant.services,
         bundle: authority.bundle().to_pem(),
         trust_domain: identities.trust_domain().to_string(),
-        renew_now: false,
+        renew_now: identities.trust.should_renew(node, authority),
+        ask_again_in: identities.trust.ask_again_in().as_secs(),
         now: unix(SystemTime::now()),
     })
 }

@@ -2,29 +2,43 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `root.crt`, `root.key` | the root, if it was made here |
-//! | `issuer.crt`, `issuer.key` | the intermediate of this replica, and what signed it |
-//! | `bundle.pem` | the roots that the mesh trusts |
+//! | `ca-N/root.crt`, `ca-N/root.key` | a root, if it was made here |
+//! | `ca-N/issuer.crt`, `ca-N/issuer.key` | the intermediate of this replica, and what signed it |
+//! | `state.json` | which of these authorities is in use, which one replaces it, and the stage of the rotation |
 //! | `tokens/ID.json` | a join token: the hash of its secret, and its use |
 //! | `bans.json` | the banned nodes |
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use vmesh_daemon::fsx::{self, FileError};
 use vmesh_identity::authority::AuthorityError;
-use vmesh_identity::bundle::BadBundle;
 use vmesh_identity::token::{TokenId, TokenRecord};
-use vmesh_identity::{Issuer, Root, TrustBundle, TrustDomain};
+use vmesh_identity::{Issuer, Root, Rotation, TrustDomain};
 use vmesh_model::NodeName;
 use zeroize::Zeroizing;
 
 use super::IdentityError;
-use super::authority::SavedAuthority;
+use super::authority::{AuthoritySet, SavedAuthority};
 
 /// The most bytes of a file of the store.
 const MAX_BYTES: u64 = 1 << 20;
+
+/// The file that says which authority is in use.
+const STATE: &str = "state.json";
+
+/// The content of [`STATE`].
+#[derive(Debug, Serialize, Deserialize)]
+struct SavedState {
+    current: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    next: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    rotation: Option<Rotation>,
+}
 
 /// A file of the identities that could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -39,19 +53,15 @@ pub(crate) enum StoreError {
     },
     #[error("{0} is not text")]
     NotText(PathBuf),
-    #[error("{path} is there and {missing} is not: restore it from the backup of the state directory")]
-    Missing { path: PathBuf, missing: PathBuf },
+    #[error(
+        "{missing}, which {state} names, is not there: restore it from the backup of the state directory"
+    )]
+    Missing { state: PathBuf, missing: PathBuf },
     #[error("the authority in {path} cannot be used: restore it from the backup of the state directory")]
     Authority {
         path: PathBuf,
         #[source]
         cause: AuthorityError,
-    },
-    #[error("{path} is no trust bundle")]
-    Bundle {
-        path: PathBuf,
-        #[source]
-        cause: BadBundle,
     },
     #[error("{path} is damaged: restore it from the backup of the state directory, or delete it")]
     Json {
@@ -94,37 +104,78 @@ impl IdentityStore {
         &self,
         trust_domain: &TrustDomain,
     ) -> Result<Option<SavedAuthority>, StoreError> {
-        let (path, key_path) = (self.file("issuer.crt"), self.file("issuer.key"));
-        let Some(chain) = read(&path)? else { return Ok(None) };
-        let missing =
-            |missing: &Path| StoreError::Missing { path: path.clone(), missing: missing.to_owned() };
-        let key = read(&key_path)?.ok_or_else(|| missing(&key_path))?;
+        let Some(SavedState { current, next, rotation }) = read_json(&self.file(STATE))? else {
+            return Ok(None);
+        };
+        let current = Arc::new(self.load_set(current, trust_domain)?);
+        let next = match next {
+            Some(number) => Some(Arc::new(self.load_set(number, trust_domain)?)),
+            None => None,
+        };
+        Ok(Some(SavedAuthority { current, rotation: next.zip(rotation) }))
+    }
+
+    fn set_dir(&self, number: u32) -> PathBuf {
+        self.dir.join(format!("ca-{number}"))
+    }
+
+    fn load_set(&self, number: u32, trust_domain: &TrustDomain) -> Result<AuthoritySet, StoreError> {
+        let dir = self.set_dir(number);
+        let path = dir.join("issuer.crt");
+        let required = |name: &str| {
+            let missing = dir.join(name);
+            read(&missing)?.ok_or_else(|| StoreError::Missing { state: self.file(STATE), missing })
+        };
+        let (chain, key) = (required("issuer.crt")?, required("issuer.key")?);
         let unusable = |cause| StoreError::Authority { path: path.clone(), cause };
         let issuer = Issuer::from_pem(&chain, &key).map_err(unusable)?;
         check_domain(&issuer, trust_domain).map_err(unusable)?;
-        let root = match (read(&self.file("root.crt"))?, read(&self.file("root.key"))?) {
+        let root = match (read(&dir.join("root.crt"))?, read(&dir.join("root.key"))?) {
             (Some(certificate), Some(key)) => Some(Root::from_pem(&certificate, &key).map_err(unusable)?),
             // An operator may have moved the key of the root to a safe place.
             _ => None,
         };
-        let path = self.file("bundle.pem");
-        let bundle = match read(&path)? {
-            Some(text) => TrustBundle::from_pem(trust_domain.clone(), &text)
-                .map_err(|cause| StoreError::Bundle { path, cause })?,
-            None => issuer.bundle().map_err(unusable)?,
-        };
-        Ok(Some(SavedAuthority { root, issuer, bundle }))
+        Ok(AuthoritySet { number, root, issuer })
     }
 
-    /// Writes the authority. The certificate of the issuer comes last: without it there is no authority.
-    pub(crate) fn save_authority(&self, saved: &SavedAuthority) -> Result<(), StoreError> {
-        if let Some(root) = &saved.root {
-            write(&self.file("root.key"), root.key().to_pem().as_bytes())?;
-            write(&self.file("root.crt"), vmesh_identity::certificate::pem(root.certificate()).as_bytes())?;
+    /// Writes a root and an intermediate into a directory of their own. They are not in use before [`IdentityStore::save_authority`].
+    pub(crate) fn save_set(&self, root: Option<Root>, issuer: Issuer) -> Result<AuthoritySet, StoreError> {
+        let number = self.set_numbers()?.last().map_or(1, |last| last + 1);
+        let dir = self.set_dir(number);
+        fsx::make_private_dir(&dir).map_err(StoreError::File)?;
+        if let Some(root) = &root {
+            write(&dir.join("root.key"), root.key().to_pem().as_bytes())?;
+            write(&dir.join("root.crt"), vmesh_identity::certificate::pem(root.certificate()).as_bytes())?;
         }
-        write(&self.file("bundle.pem"), saved.bundle.to_pem().as_bytes())?;
-        write(&self.file("issuer.key"), saved.issuer.key().to_pem().as_bytes())?;
-        write(&self.file("issuer.crt"), saved.issuer.chain().to_pem().as_bytes())
+        write(&dir.join("issuer.key"), issuer.key().to_pem().as_bytes())?;
+        write(&dir.join("issuer.crt"), issuer.chain().to_pem().as_bytes())?;
+        Ok(AuthoritySet { number, root, issuer })
+    }
+
+    /// Puts an authority into use, in one step, and then removes the keys that it does not use.
+    pub(crate) fn save_authority(&self, saved: &SavedAuthority) -> Result<(), StoreError> {
+        let SavedAuthority { current, rotation } = saved;
+        let next = rotation.as_ref().map(|(next, _)| next.number);
+        let rotation = rotation.as_ref().map(|(_, rotation)| rotation.clone());
+        let state = SavedState { current: current.number, next, rotation };
+        write_json(&self.file(STATE), &state)?;
+        for number in self.set_numbers()? {
+            if number != current.number && Some(number) != next {
+                _ = std::fs::remove_dir_all(self.set_dir(number));
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the numbers of the authorities on the disk, in order.
+    fn set_numbers(&self) -> Result<BTreeSet<u32>, StoreError> {
+        let unlisted = |cause| StoreError::List { path: self.dir.clone(), cause };
+        let mut numbers = BTreeSet::new();
+        for entry in std::fs::read_dir(&self.dir).map_err(unlisted)? {
+            let name = entry.map_err(unlisted)?.file_name();
+            numbers.extend(name.to_str().and_then(|name| name.strip_prefix("ca-")?.parse::<u32>().ok()));
+        }
+        Ok(numbers)
     }
 
     /// Reads an intermediate that an operator supplies: the chain as text, the key from a file.
@@ -133,7 +184,7 @@ impl IdentityStore {
         chain: &str,
         key_file: Option<&str>,
         trust_domain: &TrustDomain,
-    ) -> Result<SavedAuthority, IdentityError> {
+    ) -> Result<Issuer, IdentityError> {
         let path = key_file.map(Path::new).ok_or_else(|| {
             IdentityError::Wrong(
                 "`key_file` is missing: the file with the key of the intermediate".to_owned(),
@@ -143,8 +194,7 @@ impl IdentityStore {
         let key = read(path).map_err(IdentityError::Store)?.ok_or_else(missing)?;
         let issuer = Issuer::from_pem(chain, &key).map_err(IdentityError::Authority)?;
         check_domain(&issuer, trust_domain).map_err(IdentityError::Authority)?;
-        let bundle = issuer.bundle().map_err(IdentityError::Authority)?;
-        Ok(SavedAuthority { root: None, issuer, bundle })
+        Ok(issuer)
     }
 
     /// Returns all tokens. A damaged file costs its token only.

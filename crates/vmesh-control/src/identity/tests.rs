@@ -93,12 +93,12 @@ async fn a_lost_key_and_a_foreign_authority_are_named_with_their_files() {
     let store = IdentityStore::open(&dir).unwrap();
     let other = store.load_authority(&"other.example".parse().unwrap()).unwrap_err();
     assert!(one_line(&other).contains("issuer.crt") && one_line(&other).contains("other.example"), "{other}");
-    let key = dir.join("identity/issuer.key");
+    let key = dir.join("identity/ca-1/issuer.key");
     std::fs::write(&key, Key::generate().unwrap().to_pem().as_bytes()).unwrap();
     let wrong = store.load_authority(&domain).unwrap_err();
     assert!(one_line(&wrong).contains("does not belong"), "{}", one_line(&wrong));
     std::fs::remove_file(&key).unwrap();
-    assert!(one_line(&store.load_authority(&domain).unwrap_err()).contains("issuer.key is not"));
+    assert!(one_line(&store.load_authority(&domain).unwrap_err()).contains("issuer.key, which"));
 }
 
 #[tokio::test]
@@ -106,17 +106,16 @@ async fn an_intermediate_that_is_supplied_is_used_and_the_root_stays_elsewhere()
     let (dir, elsewhere) = (vmesh_testkit::tempdir().unwrap(), vmesh_testkit::tempdir().unwrap());
     let domain: TrustDomain = "mesh.example".parse().unwrap();
     let settings = IdentitySettings::default();
-    let made = authority::generate(&domain, &"mesh1".parse().unwrap(), SystemTime::now(), &settings).unwrap();
+    let replica = "mesh1".parse().unwrap();
+    let (_, issuer) = authority::generate(&domain, &replica, SystemTime::now(), &settings).unwrap();
     let key_file = elsewhere.join("key.pem");
-    std::fs::write(&key_file, made.issuer.key().to_pem().as_bytes()).unwrap();
+    std::fs::write(&key_file, issuer.key().to_pem().as_bytes()).unwrap();
     let identities = IdentityService::for_tests(&dir);
-    let request = InitRequest {
-        chain: Some(made.issuer.chain().to_pem()),
-        key_file: Some(key_file.display().to_string()),
-    };
+    let request =
+        InitRequest { chain: Some(issuer.chain().to_pem()), key_file: Some(key_file.display().to_string()) };
     let status = identities.init(request).await.unwrap().authority.unwrap();
     assert!(!status.has_root_key);
-    assert!(!dir.join("identity/root.key").exists());
+    assert!(!dir.join("identity/ca-1/root.key").exists());
     assert_eq!(IdentityService::for_tests(&dir).status().authority, Some(status));
 }
 

@@ -183,10 +183,7 @@ async fn shake_hands<I, H: Handshake<I>>(
     }
     connection_use.set_silent();
     tokio::select! {
-        done = timeout(FIRST_REQUEST_WITHIN, handshake) => match done {
-            Ok(done) => return done,
-            Err(_) => {}
-        },
+        done = timeout(FIRST_REQUEST_WITHIN, handshake) => if let Ok(done) = done { return done },
         () = connection_use.evicted() => {}
     }
     service.counters().connections_silent.fetch_add(1, Relaxed);
