@@ -14,8 +14,12 @@ use tokio_rustls::TlsConnector;
 use vmesh_api::identity::{JOIN_PATH, JoinAnswer, JoinRequest, RENEW_PATH, RenewAnswer, RenewRequest};
 use vmesh_identity::tls::{ServerTrust, any_server_name, client_config};
 use vmesh_identity::{CertificateChain, JoinToken, Key, TrustBundle};
-use vmesh_testkit::{Failed, Result};
-use vmesh_tests::Mesh;
+use vmesh_testkit::api::Api;
+use vmesh_testkit::app::HttpApp;
+use vmesh_testkit::load::{Load, Plan};
+use vmesh_testkit::place::Loopback;
+use vmesh_testkit::{Failed, Result, wait_for};
+use vmesh_tests::{BOUND, Mesh};
 
 const SERVICES: (&str, &str) =
     ("services.d/orders.yaml", "service: orders\nprotocol: http\nendpoints: [\"127.0.0.1:9\"]\n");
@@ -127,7 +131,7 @@ async fn a_node_joins_once_and_gets_the_certificates_that_its_token_grants() -> 
     let (status, answer) = client.post(RENEW_PATH, &ask(&["orders"])).await?;
     assert_eq!(status, 200, "{answer}");
     let answer: RenewAnswer = serde_json::from_value(answer).unwrap();
-    let chain = CertificateChain::from_pem(&answer.services[&"orders".parse().unwrap()]).unwrap();
+    let chain = CertificateChain::from_pem(&answer.services["orders"]).unwrap();
     let leaf = chain.leaf().unwrap();
     assert_eq!(leaf.id().unwrap().to_string(), "spiffe://mesh.test/service/orders");
     assert_eq!(leaf.dns_names, ["web-1.node.mesh.test"]);
@@ -165,7 +169,7 @@ async fn a_token_is_refused_when_it_is_used_again_guessed_or_not_for_the_node_an
     let (status, reused) = try_join(&good, "web-1", &["orders"]).await?;
     assert_eq!((status, &reused), (403, &guessed), "the answer tells reuse from guessing");
     let expired = mesh.admin(&["token", "create", "--node", "web-1", "--ttl", "1s"])?;
-    vmesh_testkit::wait_for("the token to expire", vmesh_tests::BOUND, async || {
+    wait_for("the token to expire", BOUND, async || {
         match mesh.admin(&["token", "list"]).map_err(|failed| failed.to_string())? {
             list if list.contains("expired") => Ok(()),
             list => Err(list),
@@ -178,13 +182,15 @@ async fn a_token_is_refused_when_it_is_used_again_guessed_or_not_for_the_node_an
 
     let status: Value = mesh.get("/api/v1/identity").await?;
     assert_eq!((&status["counts"]["joined"], &status["counts"]["join_refused"]), (&1.into(), &7.into()));
-    let audit = vmesh_testkit::wait_for("the audit log", vmesh_tests::BOUND, async || {
+    let audit = wait_for("the audit log", BOUND, async || {
         let audit =
             std::fs::read_to_string(mesh.path("state/control/audit.jsonl")).map_err(|e| e.to_string())?;
         if audit.contains("10.9.0.0/16") { Ok(audit) } else { Err(audit) }
     })
     .await?;
-    for reason in ["was redeemed before", "with a wrong secret", "has expired", "not from", "\"denied\""] {
+    for reason in
+        ["was redeemed before", "with a wrong secret", "has expired", "is for nodes in", "\"denied\""]
+    {
         assert!(audit.contains(reason), "no `{reason}` in {audit}");
     }
     assert!(!audit.contains(secret), "the audit log has the secret of a token");
@@ -213,4 +219,227 @@ async fn a_root_is_replaced_step_by_step_and_a_node_that_is_not_ready_is_named()
     assert!(mesh.admin(&["ca", "rotate", "--intermediate"])?.contains("no rotation is under way"));
     assert_eq!(mesh.admin(&["ca", "bundle"])?, after, "the root stays");
     Ok(())
+}
+
+/// A mesh in which `web-1` calls `orders`, which runs on `orders-1` and `orders-2`.
+struct Callers {
+    mesh: Mesh,
+    target: SocketAddr,
+    apps: Vec<HttpApp>,
+    _place: Loopback,
+}
+
+impl Callers {
+    async fn start(leaf_lifetime: &str) -> Result<Callers> {
+        let place = Loopback::unique()?;
+        let mut mesh = Mesh::secure(&[], leaf_lifetime).await?;
+        let (mut apps, mut endpoints) = (Vec::new(), Vec::new());
+        for node in ["orders-1", "orders-2"] {
+            let workloads = "workloads: [{service: orders, port: 8080, protocol: http, host: \"{ip}\"}]\n";
+            mesh.secure_agent(node, &["orders"], &[], workloads).await?;
+            let address = SocketAddr::new(mesh.agent_api(node)?.ip(), 8080);
+            apps.push(HttpApp::start(node, "v1", address)?);
+            endpoints.push(format!("\"{address}\""));
+        }
+        let services = format!("service: orders\nprotocol: http\nendpoints: [{}]\n", endpoints.join(", "));
+        mesh.write("services.d/orders.yaml", &services)?;
+        mesh.secure_agent("web-1", &["web"], &["orders"], "").await?;
+        for node in ["orders-1", "orders-2", "web-1"] {
+            mesh.synced(node).await?;
+        }
+        let target = mesh.upstream("web-1", 0)?;
+        mesh.answers(target).await?;
+        Ok(Callers { mesh, target, apps, _place: place })
+    }
+
+    fn mode(&self, mode: &str) -> Result<()> {
+        self.mesh
+            .write("mesh.d/orders.yaml", &format!("kind: Service\nname: orders\nmtls: {{mode: {mode}}}\n"))
+    }
+
+    /// Returns the SPIFFE id that an instance of `orders` sees in one request, or an empty text for a plaintext call.
+    async fn caller(&self) -> Result<(String, String)> {
+        let answer = Api(self.target).json("/").await?;
+        let shown = answer["headers"]["x-forwarded-client-cert"].as_str().unwrap_or_default();
+        let id = shown.split("URI=").nth(1).unwrap_or_default().to_owned();
+        Ok((answer["app"].as_str().unwrap_or_default().to_owned(), id))
+    }
+
+    /// Waits until every call of ten in a row reaches `orders` with the SPIFFE id `id`, and both instances are called.
+    async fn until_called_by(&self, id: &str) -> Result<()> {
+        wait_for(format!("calls by `{id}`"), BOUND, async || {
+            let mut instances = BTreeSet::new();
+            for _ in 0..10 {
+                let (instance, seen) = fail(self.caller().await)?;
+                if seen != id {
+                    return Err(format!("{instance} is called by `{seen}`"));
+                }
+                instances.insert(instance);
+            }
+            if instances.len() == self.apps.len() {
+                Ok(())
+            } else {
+                Err(format!("only {instances:?} are called"))
+            }
+        })
+        .await
+    }
+}
+
+const WEB: &str = "spiffe://mesh.test/service/web";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_goes_from_off_to_strict_and_back_under_load_and_fails_no_request() -> Result<()> {
+    let callers = Callers::start("48h").await?;
+    callers.until_called_by("").await?;
+    let load = Load::start(Plan::to(callers.target).rate(200.0))?;
+    for (mode, id) in
+        [("permissive", WEB), ("strict", WEB), ("permissive", WEB), ("off", ""), ("strict", WEB)]
+    {
+        callers.mode(mode)?;
+        callers.until_called_by(id).await?;
+    }
+    let report = load.stop().await;
+    assert_eq!(report.failures, 0, "{:?}", report.failed.first());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_of_thirty_seconds_are_renewed_and_the_root_is_replaced_under_load() -> Result<()> {
+    let callers = Callers::start("30s").await?;
+    callers.mode("strict")?;
+    callers.until_called_by(WEB).await?;
+    let load = Load::start(Plan::to(callers.target).rate(100.0))?;
+    let before = callers.mesh.admin(&["ca", "bundle"])?;
+    for stage in ["prepared", "distributing", "active", "no rotation is under way"] {
+        let shown = wait_for(format!("the rotation to be {stage}"), 2 * BOUND, async || {
+            fail(callers.mesh.admin(&["ca", "rotate"]))
+        })
+        .await?;
+        assert!(shown.contains(stage), "{shown}");
+    }
+    assert_ne!(callers.mesh.admin(&["ca", "bundle"])?, before);
+    let renewals = wait_for("two renewals of each node", 2 * BOUND, async || {
+        let status = fail(callers.mesh.get("/api/v1/identity").await)?;
+        match status["counts"]["renewed"].as_u64() {
+            Some(renewed) if renewed >= 12 => Ok(renewed),
+            renewed => Err(format!("{renewed:?} renewals")),
+        }
+    })
+    .await?;
+    callers.until_called_by(WEB).await?;
+    let report = load.stop().await;
+    assert_eq!(report.failures, 0, "after {renewals} renewals: {:?}", report.failed.first());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn access_is_audited_and_then_enforced_by_the_callers_identity() -> Result<()> {
+    let callers = Callers::start("48h").await?;
+    let mtls = "kind: Service\nname: orders\nmtls: {mode: strict}\n---\n";
+    let access = |mode: &str, rules: &str| {
+        let access =
+            format!("kind: Access\nservice: orders\nmode: {mode}\ndefault: deny\nrules: [{rules}]\n");
+        callers.mesh.write("mesh.d/orders.yaml", &format!("{mtls}{access}"))
+    };
+    let until_status = async |path: &str, expected: u16| {
+        wait_for(format!("{path} to be answered with {expected}"), BOUND, async || {
+            for _ in 0..6 {
+                match fail(Api(callers.target).status(path).await)? {
+                    status if status == expected => {}
+                    status => return Err(format!("{path}: {status}")),
+                }
+            }
+            Ok(())
+        })
+        .await
+    };
+    let to_x = "{from: {services: [web]}, to: {paths: [{prefix: /x}], methods: [GET]}, action: allow}";
+    access("audit", to_x)?;
+    callers.until_called_by(WEB).await?;
+    until_status("/y", 200).await?;
+    access("enforce", to_x)?;
+    until_status("/y", 403).await?;
+    until_status("/x", 200).await?;
+    until_status("/x/1", 200).await?;
+    until_status("/xy", 403).await?;
+    for trick in ["//y", "/x/../y", "/x/%2e%2e/y", "/%78y"] {
+        let status = Api(callers.target).status(trick).await?;
+        assert!(status == 403 || status == 400, "{trick} was answered with {status}");
+    }
+    access("enforce", "{from: {services: [payments]}, action: allow}")?;
+    until_status("/x", 403).await?;
+    access("enforce", "{from: {services: [web]}, action: allow}")?;
+    until_status("/y", 200).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn traffic_and_reboots_go_on_without_a_control_plane_for_longer_than_a_third_of_a_lifetime()
+-> Result<()> {
+    let mut callers = Callers::start("60s").await?;
+    callers.mode("strict")?;
+    callers.until_called_by(WEB).await?;
+    callers.mesh.control()?.kill()?;
+    let stopped = std::time::Instant::now();
+    let load = Load::start(Plan::to(callers.target).rate(100.0))?;
+    callers.mesh.agent_daemon("orders-2")?.kill()?;
+    callers.mesh.restart_agent("orders-2")?;
+    wait_for("the outage to last for longer than a third of a lifetime", BOUND, async || {
+        if stopped.elapsed().as_secs() > 22 { Ok(()) } else { Err(format!("{:?}", stopped.elapsed())) }
+    })
+    .await?;
+    let report = load.stop().await;
+    assert_eq!(report.failures, 0, "{:?}", report.failed.first());
+    // The host of the caller reboots: its agent and its Envoy start from what is on the disk.
+    callers.mesh.agent_daemon("web-1")?.terminate(BOUND).await?;
+    callers.mesh.restart_agent("web-1")?;
+    callers.until_called_by(WEB).await?;
+    callers.mesh.start_control().await?;
+    callers.mesh.synced("web-1").await?;
+    callers.until_called_by(WEB).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_banned_node_loses_its_stream_and_a_forged_name_is_denied() -> Result<()> {
+    let callers = Callers::start("48h").await?;
+    let state = async |node: &str| {
+        let nodes = fail(callers.mesh.get("/api/v1/nodes").await)?;
+        let found =
+            nodes["nodes"].as_array().and_then(|nodes| nodes.iter().find(|known| known["name"] == node));
+        Ok::<_, String>(found.map(|found| found["state"].as_str().unwrap_or_default().to_owned()))
+    };
+    callers.mesh.admin(&["node", "ban", "orders-1"])?;
+    wait_for("the banned node to be offline", BOUND, async || match state("orders-1").await? {
+        Some(state) if state == "offline" => Ok(()),
+        state => Err(format!("{state:?}")),
+    })
+    .await?;
+    callers.mesh.admin(&["node", "unban", "orders-1"])?;
+    callers.mesh.synced("orders-1").await?;
+    // A plaintext client may not take the name of a node that has joined.
+    let node = vmesh_proto::envoy::config::core::v3::Node { id: "orders-1".to_owned(), ..Default::default() };
+    let mut stream = vmesh_xds::client::AdsStream::connect(&format!("http://{}", callers.mesh.xds())).await;
+    let stream = stream.as_mut().map_err(|error| Failed::new(error.to_string()))?;
+    let request = vmesh_proto::envoy::service::discovery::v3::DeltaDiscoveryRequest {
+        node: Some(node),
+        type_url: "type.googleapis.com/envoy.config.cluster.v3.Cluster".to_owned(),
+        ..Default::default()
+    };
+    stream.send(&request).await.map_err(|failure| Failed::new(failure.to_string()))?;
+    let denied = loop {
+        match stream.next_bytes().await {
+            Ok(_) => {}
+            Err(failure) => break failure.to_string(),
+        }
+    };
+    assert!(denied.contains("`orders-1` has joined"), "{denied}");
+    let counts = callers.mesh.get("/api/v1/identity").await?;
+    assert!(counts["counts"]["admissions_denied"].as_u64().unwrap_or_default() > 0, "{counts}");
+    Ok(())
+}
+
+fn fail<T>(result: Result<T>) -> std::result::Result<T, String> {
+    result.map_err(|failed| failed.to_string())
 }

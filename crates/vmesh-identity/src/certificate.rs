@@ -105,6 +105,11 @@ impl Certificate {
         self.uri()?.parse().map_err(BadCertificate::Id)
     }
 
+    /// Returns the SHA-256 of the subject's public key in hexadecimal digits.
+    pub fn key_hash_hex(&self) -> String {
+        self.key_hash.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
     /// Returns the only URI among the subject alternative names.
     pub(crate) fn uri(&self) -> Result<&str, BadCertificate> {
         match self.uris.as_slice() {

@@ -27,6 +27,13 @@ impl Api {
         }
     }
 
+    /// Returns the status of a GET request, whatever it is.
+    pub async fn status(&self, path: &str) -> Result<u16> {
+        let answer = fetch(&Peer::Tcp(self.0), Method::GET, path, WITHIN).await;
+        let (status, _) = answer.map_err(Failed::to(format!("no answer to {path} at {}", self.0)))?;
+        Ok(status.as_u16())
+    }
+
     pub async fn json(&self, path: &str) -> Result<Value> {
         let body = self.text(path).await?;
         serde_json::from_str(&body).map_err(Failed::to(format!("{path} is not JSON: {body}")))

@@ -35,7 +35,9 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 use vmesh_identity::certificate::{BadCertificate, RejectedChain};
 use vmesh_identity::tls::{self, ServerTrust, TlsError};
-use vmesh_identity::{CertificateChain, Identity, Key, SpiffeId, TrustBundle, TrustDomain, verify};
+use vmesh_identity::{
+    Certificate, CertificateChain, Identity, Key, SpiffeId, TrustBundle, TrustDomain, verify,
+};
 use vmesh_model::ServiceName;
 use vmesh_model::node::Upstreams;
 
@@ -138,6 +140,19 @@ impl NodeCredentials {
     pub fn not_after(&self) -> SystemTime {
         let services = self.services.values().map(|credential| credential.not_after);
         services.fold(self.node.not_after, SystemTime::min)
+    }
+
+    /// Returns the end of the longest validity among the certificates.
+    pub fn last_not_after(&self) -> SystemTime {
+        let services = self.services.values().map(|credential| credential.not_after);
+        services.fold(self.node.not_after, SystemTime::max)
+    }
+
+    /// Returns the roots that signed the certificates: the SHA-256 of each root's public key, in hexadecimal digits.
+    pub fn root_keys(&self) -> BTreeSet<String> {
+        let all = std::iter::once(&self.node).chain(self.services.values());
+        let roots = all.filter_map(|credential| credential.chain.certificates().last());
+        roots.filter_map(|root| Certificate::read(root).ok()).map(|root| root.key_hash_hex()).collect()
     }
 
     /// Returns the rest of the validity as a share of all of it: 1 when the certificates were issued, 0 when the first has expired.

@@ -30,10 +30,13 @@ use super::{BadCredential, ConfiguredServices, Credential, NodeCredentials};
 use crate::config::{Config, ControlPlane};
 use crate::relay::RelayIdentity;
 
-/// The interval of requests for the trust bundle. A new root must reach each node within a minute.
+/// The interval of requests for the trust bundle, until a control plane says another one. A new root must reach each node within a
+/// minute.
 const BUNDLE_EVERY: Duration = Duration::from_secs(30);
-/// The random part of that interval.
+/// The random part of the pause before a renewal that the control plane asks for.
 const BUNDLE_JITTER: Duration = Duration::from_secs(10);
+/// The longest interval that a control plane may say.
+const BUNDLE_AT_LAST: Duration = Duration::from_secs(600);
 /// The pause after Envoy has taken a trust bundle, until the control planes are told: the random part of it spreads the fleet.
 const TELLS_AFTER: Duration = Duration::from_millis(500);
 /// The interval of looks at a token file or an identity that does not exist yet.
@@ -148,6 +151,8 @@ impl Enrolment {
     ) -> Result<(TimedAnswer<NodeCredentials>, RenewAnswer), RenewError> {
         let mut request = RenewRequest {
             bundle: bundle_in_use,
+            roots: old.root_keys(),
+            expires: unix_seconds(old.last_not_after()),
             now: unix_seconds(SystemTime::now()),
             ..RenewRequest::default()
         };
@@ -299,6 +304,7 @@ pub struct IdentityTask {
     channels: IdentityChannels,
     alarm: ExpiryAlarm,
     renew_at: SystemTime,
+    bundle_every: Duration,
     /// Saved identity that is older than the present one.
     unsaved: bool,
     skew_is_reported: bool,
@@ -316,6 +322,7 @@ impl IdentityTask {
             channels,
             alarm: ExpiryAlarm::default(),
             renew_at: SystemTime::UNIX_EPOCH,
+            bundle_every: BUNDLE_EVERY,
             unsaved: false,
             skew_is_reported: false,
         }
@@ -353,7 +360,7 @@ impl IdentityTask {
         let reported = in_use.borrow_and_update().clone();
         if !self.needs_certificates(credentials) {
             let until_renewal = self.renew_at.duration_since(SystemTime::now()).unwrap_or_default();
-            let pause = until_renewal.min(BUNDLE_EVERY + jitter(BUNDLE_JITTER));
+            let pause = until_renewal.min(self.bundle_every + jitter(self.bundle_every / 3));
             tokio::select! {
                 () = sleep(pause) => {}
                 Ok(()) = in_use.changed() => sleep(jitter(TELLS_AFTER)).await,
@@ -394,6 +401,9 @@ impl IdentityTask {
         answer: &RenewAnswer,
     ) {
         self.report_clock();
+        if answer.ask_again_in > 0 {
+            self.bundle_every = Duration::from_secs(answer.ask_again_in).min(BUNDLE_AT_LAST);
+        }
         let has_certificates = renewed.answer.issued != old.issued;
         let is_changed =
             has_certificates || renewed.answer.bundle != old.bundle || renewed.answer.granted != old.granted;

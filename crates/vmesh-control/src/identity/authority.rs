@@ -137,7 +137,7 @@ pub(crate) struct Authority {
     bundle: TrustBundle,
     root: Certificate,
     /// The SHA-256 of the public key of the root that replaces the current one.
-    next_root: Option<[u8; 32]>,
+    next_root: Option<String>,
     tls: Arc<rustls::ServerConfig>,
     /// The certificate that `listen.xds` shows.
     server: Certificate,
@@ -164,7 +164,7 @@ impl Authority {
         let tls = tls::server_config(&chain, &key, bundle.clone()).map_err(AuthorityError::Tls)?;
         let root = saved.current.root_certificate()?;
         let next_root = match &saved.rotation {
-            Some((next, _)) => Some(next.root_certificate()?.key_hash),
+            Some((next, _)) => Some(next.root_certificate()?.key_hash_hex()),
             None => None,
         };
         Ok(Authority { saved, bundle, root, next_root, tls: Arc::new(tls), server, lifetimes })
@@ -181,7 +181,7 @@ impl Authority {
 
     /// Returns the SHA-256 of the public key of the new root, in hexadecimal digits, while the root is replaced.
     pub(crate) fn next_root_key(&self) -> Option<String> {
-        self.next_root.as_ref().map(hex)
+        self.next_root.clone()
     }
 
     /// Makes a new intermediate under the current root. The root is trusted already, so it is in use at once.
@@ -215,7 +215,7 @@ impl Authority {
 
     /// Returns the pin in hexadecimal digits.
     pub(crate) fn root_key(&self) -> String {
-        hex(&self.root.key_hash)
+        self.root.key_hash_hex()
     }
 
     pub(crate) fn issue(
@@ -270,9 +270,4 @@ impl Authority {
         });
         soon.collect()
     }
-}
-
-/// Returns a hash in hexadecimal digits.
-fn hex(hash: &[u8; 32]) -> String {
-    hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -240,7 +240,7 @@ impl IdentityService {
         })
         .await?;
         let text = token.reveal();
-        Ok(TokenAnswer { token: text.to_string(), id: id.to_string(), expires: unix(now + ttl) })
+        Ok(TokenAnswer { token: text.to_string(), id: id.to_string(), expires: unix_end(now + ttl) })
     }
 
     /// Lists the tokens of this replica, without their secrets.
@@ -251,7 +251,7 @@ impl IdentityService {
             node: record.grant.node.clone(),
             services: record.grant.services.clone(),
             network: record.grant.network.map(|network| network.to_string()),
-            expires: unix(record.expires),
+            expires: unix_end(record.expires),
             redeemed: record.redeemed.as_ref().map(|redeemed| unix(redeemed.at)),
             redeemed_from: record.redeemed.as_ref().map(|redeemed| redeemed.from.to_string().into()),
         });
@@ -421,6 +421,12 @@ enum RedeemError {
 
 fn unix(at: SystemTime) -> u64 {
     at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// Returns the first full second, in Unix time, at which a validity that ends at `end` is over.
+fn unix_end(end: SystemTime) -> u64 {
+    let since_epoch = end.duration_since(UNIX_EPOCH).unwrap_or_default();
+    since_epoch.as_secs() + u64::from(since_epoch.subsec_nanos() > 0)
 }
 
 /// Runs work that signs or writes on a thread for blocking work.

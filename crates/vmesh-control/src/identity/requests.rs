@@ -24,11 +24,11 @@ use vmesh_xds::server::{OtherRequests, PeerInfo};
 use super::{Authority, IdentityService, RedeemError, blocking, unix};
 use crate::audit::{AuditEvent, Outcome};
 
-/// The most bytes of a request. A request for 64 certificates has 30 KiB.
+/// The most bytes of a request. A request for 100 certificates has 50 KiB.
 const BODY_MAX: usize = 64 << 10;
 const BODY_WITHIN: Duration = Duration::from_secs(5);
-/// The most certificates that one request asks for; an agent with more services sends several requests.
-const CERTIFICATES_MAX: usize = 64;
+/// The most certificates that one request asks for.
+const CERTIFICATES_MAX: usize = 100;
 
 /// The answers to nodes that join and renew.
 pub(crate) struct NodeRequests(pub(crate) Arc<IdentityService>);
@@ -218,7 +218,7 @@ async fn issue_all(
         bundle: authority.bundle().to_pem(),
         trust_domain: identities.trust_domain().to_string(),
         renew_now: identities.trust.should_renew(node, authority),
-        ask_again_in: identities.trust.ask_again_in().as_secs(),
+        ask_again_in: identities.trust.ask_again_in(authority).as_secs(),
         now: unix(SystemTime::now()),
     })
 }

@@ -14,6 +14,8 @@ use super::Authority;
 const MAX_NODES: usize = 100_000;
 /// The shortest pause after which a node asks for the trust bundle again.
 const ASK_AGAIN: Duration = Duration::from_secs(30);
+/// The shortest pause while the root is being replaced.
+const ASK_AGAIN_IN_ROTATION: Duration = Duration::from_secs(5);
 /// The most requests for the trust bundle in a second, from all nodes together.
 const REQUESTS_PER_SECOND: u64 = 50;
 /// The most roots that a node may report.
@@ -64,8 +66,9 @@ impl TrustReports {
     }
 
     /// Returns the pause after which a node asks again, which grows with the fleet.
-    pub(crate) fn ask_again_in(&self) -> Duration {
-        ASK_AGAIN.max(Duration::from_secs(self.lock().len() as u64 / REQUESTS_PER_SECOND))
+    pub(crate) fn ask_again_in(&self, authority: &Authority) -> Duration {
+        let shortest = if authority.rotation().is_some() { ASK_AGAIN_IN_ROTATION } else { ASK_AGAIN };
+        shortest.max(Duration::from_secs(self.lock().len() as u64 / REQUESTS_PER_SECOND))
     }
 
     /// Returns the trust of each known node. A node that has reported nothing since this process started has neither the bundle nor new
