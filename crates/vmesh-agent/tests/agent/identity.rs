@@ -89,7 +89,9 @@ impl Observer for NoObserver {
 
 impl Admission for MeshAdmission {
     fn admit(&self, node: &Node, peer: &PeerInfo) -> Result<Admitted, Refusal> {
-        let identity = peer.identity.as_deref().map(str::to_owned);
+        let id =
+            |der: &[u8]| Certificate::read(&vmesh_identity::certificate::der(der)).unwrap().id().unwrap();
+        let identity = peer.certificate.as_deref().map(|der| id(der).to_string());
         if identity.is_none() {
             return Err(Refusal::Denied("a client without a certificate".to_owned()));
         }
@@ -208,8 +210,8 @@ async fn answer(
     let path = request.uri().path().to_owned();
     if path != JOIN_PATH && path != RENEW_PATH {
         let mut request = request;
-        let identity = client.map(|client| client.id().unwrap().to_string().into());
-        request.extensions_mut().insert(PeerInfo { identity, ..PeerInfo::default() });
+        let certificate = client.map(|client| client.der.as_ref().into());
+        request.extensions_mut().insert(PeerInfo { certificate, ..PeerInfo::default() });
         return Ok(ads.answer(request).map(Body::new));
     }
     let body = request.into_body().collect().await.unwrap().to_bytes();
