@@ -383,6 +383,15 @@ async fn traffic_and_reboots_go_on_without_a_control_plane_for_longer_than_a_thi
     let mut callers = Callers::start("60s").await?;
     callers.mode("strict")?;
     callers.until_called_by(WEB).await?;
+    for (node, part) in [("orders-2", "mtls|"), ("web-1", "||mtls")] {
+        let file = callers.mesh.path(&format!("state/{node}/accepted.bin"));
+        wait_for("the configuration to be on the disk", BOUND, async || {
+            let saved = std::fs::read(&file).map_err(|error| error.to_string())?;
+            let is_saved = saved.windows(part.len()).any(|window| window == part.as_bytes());
+            if is_saved { Ok(()) } else { Err(format!("{part} is not in {}", file.display())) }
+        })
+        .await?;
+    }
     callers.mesh.control()?.kill()?;
     let stopped = std::time::Instant::now();
     let load = Load::start(Plan::to(callers.target).rate(100.0))?;
