@@ -78,12 +78,12 @@ impl Peers {
         if before.nodes_generation == now.nodes_generation || (!has_mtls && self.labelled.is_empty()) {
             return changes;
         }
-        let documents = &now.documents;
+        let finder = now.documents.node_finder();
         for name in changed_nodes(before, now) {
             let (old, new) = (before.nodes.get(&name), now.nodes.get(&name));
             if has_mtls {
                 let keys = |report: Option<&Arc<NodeReport>>| {
-                    report.map(|report| entries(report, &documents.nodes_for(report))).unwrap_or_default()
+                    report.map(|report| entries(report, &finder.find(report))).unwrap_or_default()
                 };
                 let (old, new) = (keys(old), keys(new));
                 for (service, address, _) in old.difference(&new) {
