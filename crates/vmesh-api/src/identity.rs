@@ -244,7 +244,7 @@ pub struct RotationRequest {
     /// Nodes that no step waits for.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub exempt: BTreeSet<NodeName>,
-    /// As in [`InitRequest`]: an intermediate of the new root that was made elsewhere.
+    /// The chain of an intermediate of the new root that was made elsewhere, as in [`InitRequest`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chain: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -256,7 +256,7 @@ pub struct RotationRequest {
 pub struct RotationStatus {
     /// `prepared`, `distributing`, `active`; `None`: no rotation is under way.
     pub stage: Option<String>,
-    /// What was done by the request that this answers, and what comes next.
+    /// A sentence about the stage, and about what comes next.
     pub summary: String,
     /// The Unix time when the stage began.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -34,7 +34,7 @@ const CERTIFICATES_MAX: usize = 100;
 pub(crate) struct NodeRequests(pub(crate) Arc<IdentityService>);
 
 /// A request that is not granted.
-enum Refused {
+enum RefusedRequest {
     /// There is no authority, or it cannot work now. The node tries again.
     NotReady(String),
     /// The node may not have what it asks for.
@@ -47,10 +47,10 @@ enum Refused {
     Malformed(String),
 }
 
-impl Refused {
-    fn same(text: impl Into<String>) -> Refused {
+impl RefusedRequest {
+    fn same(text: impl Into<String>) -> RefusedRequest {
         let text = text.into();
-        Refused::Denied { public: text.clone(), reason: text }
+        RefusedRequest::Denied { public: text.clone(), reason: text }
     }
 }
 
@@ -71,9 +71,9 @@ impl OtherRequests for NodeRequests {
                 _ => renew(&identities, request, &peer).await,
             };
             answer.unwrap_or_else(|refused| match refused {
-                Refused::NotReady(why) => failure(StatusCode::SERVICE_UNAVAILABLE, why),
-                Refused::Denied { public, .. } => failure(StatusCode::FORBIDDEN, public),
-                Refused::Malformed(why) => failure(StatusCode::BAD_REQUEST, why),
+                RefusedRequest::NotReady(why) => failure(StatusCode::SERVICE_UNAVAILABLE, why),
+                RefusedRequest::Denied { public, .. } => failure(StatusCode::FORBIDDEN, public),
+                RefusedRequest::Malformed(why) => failure(StatusCode::BAD_REQUEST, why),
             })
         })
     }
@@ -84,7 +84,7 @@ async fn join(
     identities: &Arc<IdentityService>,
     request: Request<Incoming>,
     peer: &PeerInfo,
-) -> Result<Response<Bytes>, Refused> {
+) -> Result<Response<Bytes>, RefusedRequest> {
     let authority = authority(identities)?;
     let from = from(peer)?;
     let asked: JoinRequest = read(request).await?;
@@ -99,7 +99,7 @@ async fn join(
             Ok(json(&answer))
         }
         Err(refused) => {
-            if let Refused::Denied { reason, .. } = &refused {
+            if let RefusedRequest::Denied { reason, .. } = &refused {
                 identities.counters.join_refused.fetch_add(1, Relaxed);
                 let event = AuditEvent::of_node(&node, Some(from), "node.join", Outcome::Denied, reason);
                 identities.audit.record(event);
@@ -115,12 +115,13 @@ async fn admit(
     authority: &Arc<Authority>,
     asked: JoinRequest,
     from: IpAddr,
-) -> Result<JoinAnswer, Refused> {
+) -> Result<JoinAnswer, RefusedRequest> {
     let JoinRequest { token, node, services, request, .. } = asked;
-    let token: JoinToken =
-        token.parse().map_err(|error: vmesh_identity::token::NotAToken| Refused::same(error.to_string()))?;
+    let token: JoinToken = token
+        .parse()
+        .map_err(|error: vmesh_identity::token::NotAToken| RefusedRequest::same(error.to_string()))?;
     if identities.is_banned(&node) {
-        return Err(Refused::same(format!(
+        return Err(RefusedRequest::same(format!(
             "node `{node}` is banned; `vmeshctl node unban {node}` ends that"
         )));
     }
@@ -128,9 +129,9 @@ async fn admit(
     issue_node(authority, &request, &node, NodeGrant::default()).await?;
     let grant = identities.redeem(&token, &node, &services, from).await.map_err(|error| match error {
         RedeemError::Refused(refusal) => {
-            Refused::Denied { public: refusal.public().to_owned(), reason: refusal.to_string() }
+            RefusedRequest::Denied { public: refusal.public().to_owned(), reason: refusal.to_string() }
         }
-        RedeemError::Unsaved(error) => Refused::NotReady(format!(
+        RedeemError::Unsaved(error) => RefusedRequest::NotReady(format!(
             "the token is used up, and that could not be saved: create another one when the control plane's disk works ({})",
             one_line(&error)
         )),
@@ -150,25 +151,25 @@ async fn renew(
     identities: &Arc<IdentityService>,
     request: Request<Incoming>,
     peer: &PeerInfo,
-) -> Result<Response<Bytes>, Refused> {
+) -> Result<Response<Bytes>, RefusedRequest> {
     let authority = authority(identities)?;
     let from = from(peer)?;
     let certificate = peer.certificate.as_ref().ok_or_else(|| {
-        Refused::same("certificates are renewed for nodes that show theirs: join with a token first")
+        RefusedRequest::same("certificates are renewed for nodes that show theirs: join with a token first")
     })?;
-    let (node, grant) = identities.node_of(certificate).map_err(Refused::same)?;
+    let (node, grant) = identities.node_of(certificate).map_err(RefusedRequest::same)?;
     let asked: RenewRequest = read(request).await?;
     let wants_any = asked.node_request.is_some() || !asked.services.is_empty();
     let outcome = match identities.is_banned(&node) {
-        true => {
-            Err(Refused::same(format!("node `{node}` is banned; `vmeshctl node unban {node}` ends that")))
-        }
+        true => Err(RefusedRequest::same(format!(
+            "node `{node}` is banned; `vmeshctl node unban {node}` ends that"
+        ))),
         false => issue_all(identities, &authority, asked, &node, grant).await,
     };
     match &outcome {
         Ok(_) if wants_any => _ = identities.counters.renewed.fetch_add(1, Relaxed),
         Ok(_) => {}
-        Err(Refused::Denied { reason, .. }) => {
+        Err(RefusedRequest::Denied { reason, .. }) => {
             identities.counters.renew_refused.fetch_add(1, Relaxed);
             let event = AuditEvent::of_node(&node, Some(from), "node.renew", Outcome::Denied, reason);
             identities.audit.record(event);
@@ -185,12 +186,14 @@ async fn issue_all(
     asked: RenewRequest,
     node: &NodeName,
     grant: NodeGrant,
-) -> Result<RenewAnswer, Refused> {
+) -> Result<RenewAnswer, RefusedRequest> {
     if asked.services.len() > CERTIFICATES_MAX {
-        return Err(Refused::Malformed(format!("one request is for at most {CERTIFICATES_MAX} services")));
+        return Err(RefusedRequest::Malformed(format!(
+            "one request is for at most {CERTIFICATES_MAX} services"
+        )));
     }
     if let Some(service) = asked.services.keys().find(|service| !grant.services.contains(*service)) {
-        return Err(Refused::same(format!(
+        return Err(RefusedRequest::same(format!(
             "node `{node}` may not run `{service}`, only {}: create a token with `--service {service}`, and join again",
             list(&grant.services)
         )));
@@ -229,7 +232,7 @@ async fn issue_node(
     request: &str,
     node: &NodeName,
     grant: NodeGrant,
-) -> Result<String, Refused> {
+) -> Result<String, RefusedRequest> {
     let id = authority.bundle().trust_domain().id(Identity::Node(node.clone()));
     let subject = Subject { id, node: None, grant: Some(grant) };
     let (signer, request) = (authority.clone(), request.to_owned());
@@ -237,45 +240,50 @@ async fn issue_node(
     Ok(chain.map_err(unsigned)?.to_pem())
 }
 
-fn unsigned(error: AuthorityError) -> Refused {
+fn unsigned(error: AuthorityError) -> RefusedRequest {
     match error {
-        AuthorityError::Request(_) | AuthorityError::LargeRequest => Refused::Malformed(one_line(&error)),
-        other => Refused::NotReady(one_line(&other)),
+        AuthorityError::Request(_) | AuthorityError::LargeRequest => {
+            RefusedRequest::Malformed(one_line(&error))
+        }
+        other => RefusedRequest::NotReady(one_line(&other)),
     }
 }
 
-fn authority(identities: &IdentityService) -> Result<Arc<Authority>, Refused> {
-    let missing =
-        || Refused::NotReady("there is no certificate authority yet: run `vmeshctl ca init`".to_owned());
+fn authority(identities: &IdentityService) -> Result<Arc<Authority>, RefusedRequest> {
+    let missing = || {
+        RefusedRequest::NotReady("there is no certificate authority yet: run `vmeshctl ca init`".to_owned())
+    };
     identities.authority().ok_or_else(missing)
 }
 
-fn from(peer: &PeerInfo) -> Result<IpAddr, Refused> {
+fn from(peer: &PeerInfo) -> Result<IpAddr, RefusedRequest> {
     let address = peer.address.map(|address| address.ip().to_canonical());
-    address.ok_or_else(|| Refused::Malformed("the connection has no address".to_owned()))
+    address.ok_or_else(|| RefusedRequest::Malformed("the connection has no address".to_owned()))
 }
 
 /// Reads the body of a request.
-async fn read<T: DeserializeOwned>(request: Request<Incoming>) -> Result<T, Refused> {
+async fn read<T: DeserializeOwned>(request: Request<Incoming>) -> Result<T, RefusedRequest> {
     if request.method() != Method::POST {
-        return Err(Refused::Malformed("this path is for POST".to_owned()));
+        return Err(RefusedRequest::Malformed("this path is for POST".to_owned()));
     }
     let body = Limited::new(request.into_body(), BODY_MAX).collect();
     let body = match tokio::time::timeout(BODY_WITHIN, body).await {
         Ok(Ok(body)) => body.to_bytes(),
         Ok(Err(_)) => {
             let why = format!("the body could not be read, or has more than {BODY_MAX} bytes");
-            return Err(Refused::Malformed(why));
+            return Err(RefusedRequest::Malformed(why));
         }
         Err(_) => {
             let why = format!("the body did not come within {} s", BODY_WITHIN.as_secs());
-            return Err(Refused::Malformed(why));
+            return Err(RefusedRequest::Malformed(why));
         }
     };
     // The error of a JSON parser may quote the body, which holds a token.
     serde_json::from_slice(&body).map_err(|error| {
         let (line, column) = (error.line(), error.column());
-        Refused::Malformed(format!("the body is not what is asked for here (line {line}, column {column})"))
+        RefusedRequest::Malformed(format!(
+            "the body is not what is asked for here (line {line}, column {column})"
+        ))
     })
 }
 
