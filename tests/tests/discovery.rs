@@ -86,13 +86,16 @@ async fn what_is_held_is_released_by_the_very_command_that_is_printed_with_the_r
     mesh.remove("services.d/orders.yaml")?;
     let (text, code) = until_shown(&mesh, &["orders of files has been HELD (absent)"]).await?;
     assert_eq!(code, Some(3), "{text}");
-    assert!(text.contains("`files` no longer names it, and it had 2 endpoints"), "{text}");
+    assert!(text.contains("`files` no longer lists this service, which had 2 endpoints"), "{text}");
     assert!(text.contains("2 more readings have to say the same"), "{text}");
     // Nothing was removed, and the other commands show the held removal as well.
     assert_eq!(mesh.endpoints("orders").await?, ["10.0.0.1:80", "10.0.0.2:80"]);
     let services = mesh.ctl(&["services"])?;
     assert_eq!(services.status.code(), Some(3));
-    assert!(out(&services).contains("HELD") && out(&services).contains("no longer names it"), "{services:?}");
+    assert!(
+        out(&services).contains("HELD") && out(&services).contains("no longer lists this service"),
+        "{services:?}"
+    );
     assert_eq!(mesh.metric("vmesh_discovery_held{source=\"files\"}").await?, 1.0);
     assert_eq!(mesh.metric("vmesh_discovery_held_removals{source=\"files\"}").await?, 2.0);
     assert_eq!(mesh.metric("vmesh_discovery_holds_total{source=\"files\",reason=\"absent\"}").await?, 1.0);
@@ -254,11 +257,11 @@ async fn a_frozen_source_takes_no_change_also_after_a_restart_until_it_is_thawed
     let before = orders(&["10.0.0.1:80".to_owned()]);
     let mut mesh = mesh(PATIENT, &[("services.d/orders.yaml", &before)]).await?;
     let frozen = say(&mesh, &["freeze"])?;
-    assert_eq!(out(&frozen), "`files` is frozen: no change of it is taken\n", "{frozen:?}");
+    assert_eq!(out(&frozen), "`files` is frozen: its changes are not applied\n", "{frozen:?}");
     let after = orders(&["10.0.0.1:80".to_owned(), "10.0.0.2:80".to_owned()]);
     mesh.write("services.d/orders.yaml", &after)?;
     mesh.write("services.d/web.yaml", "service: web\nendpoints: [\"10.0.0.3:80\"]\n")?;
-    let differs = ["FROZEN", "it says something else now of 1 services in use"];
+    let differs = ["FROZEN", "it now reports changes of 1 services in use"];
     let (text, code) = until_shown(&mesh, &differs).await?;
     assert_eq!(code, Some(3), "{text}");
     assert_eq!(mesh.endpoints("orders").await?, ["10.0.0.1:80"]);

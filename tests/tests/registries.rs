@@ -191,7 +191,7 @@ async fn a_bad_day(bench: &mut RegistrySetup) -> Result<()> {
     bench.none_failed("the registry came back empty");
     bench.register_all().await?;
     bench.recovered(&all, "the registry was filled again").await?;
-    assert!(said.contains("no longer names it, and it had 6 endpoints"), "{said}");
+    assert!(said.contains("no longer lists this service, which had 6 endpoints"), "{said}");
     Ok(())
 }
 

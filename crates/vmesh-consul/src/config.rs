@@ -127,7 +127,7 @@ impl<'de> Deserialize<'de> for Addresses {
                 }
                 if all.is_empty() {
                     return Err(de::Error::custom(
-                        "a list of no addresses: leave it out for the local agent",
+                        "the list is empty: omit `address` to use the local agent",
                     ));
                 }
                 Ok(Addresses(all))
@@ -195,8 +195,7 @@ impl FromStr for Address {
         if text.contains('@') {
             // The text may contain a password, so it must not appear in the error.
             return Err(
-                "an address of Consul has no user in it, and this one has an `@`: the token belongs into \
-                        `token_file`"
+                "it contains an `@`, and an address of Consul has no user: put the token into `token_file`"
                     .to_owned(),
             );
         }
@@ -294,14 +293,15 @@ mod tests {
             `http://` is not an address of Consul: the host is missing or has characters that no host has
             `http://a:0` is not an address of Consul: the port is not one from 1 to 65535
             `http://a:b` is not an address of Consul: the port is not one from 1 to 65535
-            an address of Consul has no user in it, and this one has an `@`: the token belongs into `token_file`
+            it contains an `@`, and an address of Consul has no user: put the token into `token_file`
             `http://a/v1` is not an address of Consul: there is a path in it
-            an address of Consul has no user in it, and this one has an `@`: the token belongs into `token_file`
+            it contains an `@`, and an address of Consul has no user: put the token into `token_file`
             `http://fd00::7:80` is not an address of Consul: an IPv6 address is written in brackets
             `http://[a]:1` is not an address of Consul: what is in brackets is not an IPv6 address
             `unix:a` is not an address of Consul: the socket's path has to be absolute
             `http://a b` is not an address of Consul: the host is missing or has characters that no host has
-        "#]].assert_eq(&wrong.concat());
+        "#]]
+        .assert_eq(&wrong.concat());
     }
 
     #[test]

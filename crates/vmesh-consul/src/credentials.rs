@@ -171,10 +171,7 @@ impl Credentials {
                     }
                     Err(wrong) => {
                         if files.good.is_some() {
-                            self.set_warning(
-                                slot,
-                                Some(format!("{wrong}; what was read before stays in use")),
-                            );
+                            self.set_warning(slot, Some(format!("{wrong}; the previous ones stay in use")));
                         }
                         files.failure = Some(wrong);
                     }
@@ -197,7 +194,9 @@ impl fmt::Debug for Credentials {
 async fn read_token(path: &Path) -> Result<(HeaderValue, Option<String>), String> {
     let shown = path.display();
     let failed = |error: std::io::Error| {
-        format!("the token file {shown} cannot be read: {error}; it has to be readable for this process")
+        format!(
+            "the token file {shown} cannot be read: {error}; make it readable for the user of this process"
+        )
     };
     let mode = tokio::fs::metadata(path).await.map_err(failed)?.mode();
     let text = tokio::fs::read(path).await.map_err(failed)?;
@@ -216,10 +215,10 @@ fn parse_token(text: &[u8]) -> Result<HeaderValue, &'static str> {
     }
     let text = text.trim_ascii();
     if text.is_empty() {
-        return Err("is empty: a token is expected in it, and nothing else");
+        return Err("is empty: it has to contain the token and nothing else");
     }
     if !text.iter().all(u8::is_ascii_graphic) {
-        return Err("has more in it than a token: one word is expected, in ASCII");
+        return Err("contains more than a token: it has to contain one word in ASCII");
     }
     let mut token = HeaderValue::from_bytes(text).map_err(|_| "is not a token")?;
     token.set_sensitive(true);
@@ -256,10 +255,14 @@ fn client_config(tls: &Tls) -> Result<ClientConfig, String> {
             let private = PrivateKeyDer::from_pem_file(key)
                 .map_err(|error| format!("`tls.key_file` {} cannot be used: {error}", key.display()))?;
             builder.with_client_auth_cert(chain, private).map_err(|error| {
-                format!("{} and {} do not go together: {error}", cert.display(), key.display())
+                format!("{} and {} do not belong together: {error}", cert.display(), key.display())
             })?
         }
-        _ => return Err("`tls.cert_file` and `tls.key_file` need each other: one is missing".to_owned()),
+        _ => {
+            return Err(
+                "`tls.cert_file` and `tls.key_file` have to be set together: one is missing".to_owned()
+            );
+        }
     };
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(config)

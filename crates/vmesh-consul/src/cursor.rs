@@ -142,10 +142,10 @@ impl Cursor {
         let went_back = index < self.last_index || index == 0;
         if !asked_leader {
             let doubt = if !meta.known_leader {
-                Some("the server that answers knows of no leader".to_owned())
+                Some("the server that answered has no leader".to_owned())
             } else if meta.last_contact > max_stale {
                 let age = meta.last_contact.as_secs_f64();
-                Some(format!("the server that answers has not heard of its leader for {age:.1} s"))
+                Some(format!("the server that answered has had no contact with its leader for {age:.1} s"))
             } else if went_back && self.last_index > 0 {
                 Some(format!("the index went back from {} to {index}", self.last_index))
             } else {
@@ -324,10 +324,10 @@ mod tests {
     #[tokio::test]
     async fn an_answer_without_a_leader_or_from_long_ago_is_doubtful() {
         let mut queries = QueryLoop::new().await;
-        let verdict = doubtful("the server that answers knows of no leader");
+        let verdict = doubtful("the server that answered has no leader");
         assert_eq!(queries.take(&Meta { known_leader: false, ..meta(5, 1) }), (verdict, 0, true, 0));
         assert_eq!(queries.take(&meta(5, 1)).0, Verdict::Changed);
-        let verdict = doubtful("the server that answers has not heard of its leader for 11.0 s");
+        let verdict = doubtful("the server that answered has had no contact with its leader for 11.0 s");
         assert_eq!(
             queries.take(&Meta { last_contact: Duration::from_secs(11), ..meta(6, 2) }),
             (verdict, 0, true, 0)

@@ -30,14 +30,14 @@ pub enum ErrorKind {
     /// The token is unknown or expired, or lacks a permission.
     #[error("Consul refused the token (HTTP 403): {0:?}; see `token_file` and `consul acl token read -self`")]
     Forbidden(String),
-    #[error("Consul knows no such thing (HTTP 404): {0:?}")]
+    #[error("Consul does not know what was requested (HTTP 404): {0:?}")]
     NotFound(String),
     /// The server limits its clients; another server may answer.
     #[error("Consul limits its clients (HTTP 429): {0:?}; see `limits` of its configuration")]
     Limited(String),
     #[error("Consul answered HTTP {status}: {said:?}")]
     Server { status: u16, said: String },
-    #[error("the answer is not what Consul is documented to say: {0}")]
+    #[error("the answer is not in Consul's documented format: {0}")]
     BadBody(String),
     /// A file that the client needs cannot be used.
     #[error("{0}")]

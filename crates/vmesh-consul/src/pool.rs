@@ -335,7 +335,10 @@ impl Pool {
                 let stream = dial(host, *port).await.map_err(failed)?;
                 let connector = TlsConnector::from(tls.value.clone());
                 let stream = connector.connect(name.clone(), stream).await.map_err(|error| {
-                    ErrorKind::Unreachable(format!("no TLS with `{}`: {error}", name.to_str()))
+                    ErrorKind::Unreachable(format!(
+                        "the TLS handshake with `{}` failed: {error}",
+                        name.to_str()
+                    ))
                 })?;
                 if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
                     self.handshake_http2(stream).await

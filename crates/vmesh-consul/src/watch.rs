@@ -151,7 +151,7 @@ impl<T> Watch<T> {
         match verdict {
             Verdict::Unchanged if !self.has_failed => Ok(None),
             Verdict::Doubtful(doubt) => {
-                tracing::debug!("{}: {doubt}: the leader is asked", self.path);
+                tracing::debug!("{}: {doubt}; asking the leader", self.path);
                 Ok(None)
             }
             // After an error the value is returned even if it is unchanged, to end the caller's outage.

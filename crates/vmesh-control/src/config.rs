@@ -316,7 +316,7 @@ mod tests {
         check(
             "discovery: [{file: {path: a, name: \"my files\"}}]\n",
             expect![[r#"
-            control.yaml:1:36: `name`: `my files` is no name of a source: 1 to 100 letters, digits, `.`, `_`, `:`, `-` or `/`
+            control.yaml:1:36: `name`: `my files` is not a valid name of a source: 1 to 100 letters, digits, `.`, `_`, `:`, `-` or `/`
         "#]],
         );
     }

@@ -183,7 +183,7 @@ impl OperatorActions {
                 .await?;
             let is_change = received(known, answer.await)?;
             messages.push(match is_change {
-                true => format!("`{name}` is frozen: no change of it is taken"),
+                true => format!("`{name}` is frozen: its changes are not applied"),
                 false => format!("`{name}` was frozen already"),
             });
             if let (true, Some(last_good)) = (is_change, known.view().last_good)
@@ -204,7 +204,7 @@ impl OperatorActions {
             let (done, answer) = oneshot::channel();
             send_command(known, Command::Thaw { done }).await?;
             messages.push(match received(known, answer.await)? {
-                true => format!("`{name}` is thawed: its changes are taken, and guarded as ever"),
+                true => format!("`{name}` is thawed: its changes are applied and guarded again"),
                 false => format!("`{name}` was not frozen"),
             });
         }
@@ -326,8 +326,8 @@ fn source_state(view: &View) -> (SourceState, Option<Arc<str>>) {
         let differ = services.filter(|seen| seen.state == vmesh_model::State::Held).count();
         let failing = view.stale_because.as_ref().map_or_else(String::new, |why| format!("; and {why}"));
         format!(
-            "no change of it is taken, by the operator's word; it says something else now of {differ} services in \
-             use{failing}"
+            "the operator froze the source: its changes are not applied; it now reports \
+             changes of {differ} services in use{failing}"
         )
     });
     match (frozen, view.stale_because.as_ref().or(view.unusable.as_ref()), view.held.first()) {

@@ -431,7 +431,7 @@ fn dialable_for(host: &str, ip: IpAddr) -> Result<IpAddr, String> {
     let ip = dialable(ip)?;
     let is_local = host == "localhost" || host.ends_with(".localhost");
     if ip.is_loopback() && !is_local {
-        return Err(format!("it stands for {ip} on this host only, see its /etc/hosts"));
+        return Err(format!("it resolves to {ip} on this host only, see /etc/hosts"));
     }
     Ok(ip)
 }

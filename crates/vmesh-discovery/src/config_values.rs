@@ -16,7 +16,7 @@ pub(crate) fn name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<
         Ok(Some(name.into()))
     } else {
         Err(de::Error::custom(format!(
-            "`{}` is no name of a source: 1 to 100 letters, digits, `.`, `_`, `:`, `-` or `/`",
+            "`{}` is not a valid name of a source: 1 to 100 letters, digits, `.`, `_`, `:`, `-` or `/`",
             vmesh_model::yaml::short(&name)
         )))
     }

@@ -131,7 +131,7 @@ impl<R: Resolve> FileSource<R> {
 
     fn scan_panicked(&mut self, panicked: JoinError) -> SourceError {
         self.is_behind = true;
-        let what = "look at its files".to_owned();
+        let what = "scan its files".to_owned();
         SourceError::Failed { source_name: self.name.clone(), what, cause: panicked.into() }
     }
 
@@ -237,7 +237,7 @@ impl<R: Resolve> Source for FileSource<R> {
             (None, Some(told)) => Ok(told.clone()),
             (None, None) => Err(SourceError::Suspect {
                 source_name: self.name.clone(),
-                what: "a file is just being written".to_owned(),
+                what: "a file is being written at the moment".to_owned(),
             }),
         }
     }

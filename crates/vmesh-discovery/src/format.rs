@@ -492,7 +492,7 @@ fn empty_file(input: &Input<'_>) -> ParseResult {
         return ParseResult { says_nothing: true, ..ParseResult::default() };
     }
     let place = Place::file(input.file.clone());
-    let message = "the file says nothing: if no service is meant, say so by `[]` or a comment";
+    let message = "the file is empty: if it has no service on purpose, write `[]` or a comment";
     ParseResult::unusable(vec![Problem::new(place, input.file.clone(), message)])
 }
 

@@ -280,8 +280,10 @@ impl Guard {
             (None, Some(_)) => {
                 self.fleet_hold = None;
                 self.restart_holds(now);
-                let text =
-                    format!("`{}` names enough again: what is still missing goes as ever", self.source);
+                let text = format!(
+                    "`{}` lists enough again: each missing service is judged on its own",
+                    self.source
+                );
                 self.add_notice(NoticeKind::Returned, None, Some(HoldKind::Fleet), text);
             }
             _ => {}
@@ -291,8 +293,8 @@ impl Guard {
     fn fleet_loss_reason(&self, loss: &Loss) -> Arc<str> {
         let Loss { endpoints, services } = loss;
         format!(
-            "`{}` names {} of the {} endpoints and {} of the {} services that it named within the last {}: nothing of it \
-             is taken away until it names enough again or that is accepted",
+            "`{}` lists {} of the {} endpoints and {} of the {} services that it listed within the last \
+             {}: none of them is removed until it lists enough again or the operator accepts the loss",
             self.source,
             endpoints.1,
             endpoints.0,
@@ -415,7 +417,8 @@ impl Guard {
         let mut served =
             Registrations { problems: self.reported.problems.clone(), ..Registrations::default() };
         let because: Arc<str> = format!(
-            "`{}` says something else of it now, and is frozen: no change of it is taken until it is thawed",
+            "`{}` reports a change of this service and is frozen: no change is applied until the operator \
+             thaws the source",
             self.source
         )
         .into();
@@ -440,7 +443,7 @@ impl Guard {
         if !self.has_given_up {
             self.has_given_up = true;
             let text = format!(
-                "`{}` has not answered for {}: what was known of it is given up (`guard.max_stale`)",
+                "`{}` has not answered for {}: its last good view is dropped (`guard.max_stale`)",
                 self.source,
                 show_duration(most)
             );
@@ -505,7 +508,10 @@ impl Guard {
             }
             if let (Some(times), Some(kind)) = (watched.count_confirming_read(), watched.held) {
                 let of = self.config.confirmations;
-                let text = format!("`{}` was read again and says the same: {times} of {of}", self.source);
+                let text = format!(
+                    "`{}` was read again and reports the same: confirming read {times} of {of}",
+                    self.source
+                );
                 self.add_notice(NoticeKind::Confirmed, Some(name.clone()), Some(kind), text);
             }
         }
@@ -529,8 +535,7 @@ impl Guard {
             if let Some(watched) = watched
                 && let Some(why) = watched.failed_read_reason()
             {
-                held.because =
-                    format!("{}; reading it again to be sure has failed: {why}", held.because).into();
+                held.because = format!("{}; the confirming read failed: {why}", held.because).into();
             }
         }
         all
@@ -578,12 +583,12 @@ impl Guard {
                 NoticeKind::Accepted,
                 Some(name.clone()),
                 kind,
-                "by the operator's word".to_owned(),
+                "the operator accepted the change".to_owned(),
             );
         }
         if service.is_none() {
             if self.fleet_hold.take().is_some() {
-                let text = "by the operator's word: what is gone may go".to_owned();
+                let text = "the operator accepted the loss of the source".to_owned();
                 self.add_notice(NoticeKind::Accepted, None, Some(HoldKind::Fleet), text);
             }
             self.fleet.accept();
@@ -597,7 +602,7 @@ impl Guard {
         let is_news = self.frozen.is_none();
         if is_news {
             self.frozen = Some(since);
-            let text = "no change of it is taken, by the operator's word".to_owned();
+            let text = "the operator froze the source: its changes are not applied".to_owned();
             self.add_notice(NoticeKind::Frozen, None, None, text);
         }
         is_news
@@ -607,7 +612,8 @@ impl Guard {
     pub fn thaw(&mut self, now: Instant) -> bool {
         let is_news = self.frozen.take().is_some();
         if is_news {
-            self.add_notice(NoticeKind::Thawed, None, None, "its changes are taken again".to_owned());
+            let text = "the operator thawed the source: its changes are applied again".to_owned();
+            self.add_notice(NoticeKind::Thawed, None, None, text);
             self.restart_holds(now);
             self.judge_fleet(now);
         }
@@ -643,13 +649,14 @@ fn judgement_notice(
 ) -> Option<(NoticeKind, HoldKind, Arc<str>)> {
     match (was, judgement) {
         (Some(kind), Judgement::Believed) => {
-            Some((NoticeKind::Believed, kind, format!("`{source}` keeps to what it says").into()))
+            let text = format!("`{source}` kept reporting the change, which is now applied");
+            Some((NoticeKind::Believed, kind, text.into()))
         }
         (Some(kind), Judgement::NotHeld) => {
             let text = match kind {
-                HoldKind::Unhealthy => format!("`{source}` says that not all are unhealthy"),
-                HoldKind::Unreadable => format!("what `{source}` says of it can be read again"),
-                _ => format!("`{source}` names what was missing again"),
+                HoldKind::Unhealthy => format!("`{source}` no longer reports all endpoints as unhealthy"),
+                HoldKind::Unreadable => format!("the service can be read from `{source}` again"),
+                _ => format!("`{source}` lists the missing endpoints again"),
             };
             Some((NoticeKind::Returned, kind, text.into()))
         }

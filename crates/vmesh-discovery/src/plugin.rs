@@ -90,7 +90,7 @@ impl PluginSource {
                 .services
                 .insert(name, ServiceStatement::fresh(same.unwrap_or_else(|| Arc::new(service))));
         }
-        let because: Arc<str> = format!("what `{}` says of it cannot be read", self.name).into();
+        let because: Arc<str> = format!("its record from `{}` cannot be read", self.name).into();
         for name in parsed.unreadable {
             let known = before.get(&name).map(|told| told.content.clone());
             let known = known.or_else(|| self.restored.get(&name).cloned().map(ServiceContent::Restored));
@@ -103,7 +103,7 @@ impl PluginSource {
         }
         if parsed.has_unnamed {
             let unnamed: Arc<str> =
-                format!("`{}` names a service in a way that cannot be read", self.name).into();
+                format!("`{}` lists a service whose name cannot be read", self.name).into();
             statement.left_out.push(unnamed.clone());
             // A service that is no longer listed may be the one without a readable name.
             for (name, told) in before {

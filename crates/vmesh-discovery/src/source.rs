@@ -80,7 +80,8 @@ pub struct View {
 }
 
 /// The reason why a [`View::restored`] is stale, until the source answers or fails with a reason of its own.
-pub const NOT_ANSWERED_YET: &str = "the source has not answered since the start; this is from before";
+pub const NOT_ANSWERED_YET: &str = "the source has not answered since the start; its view from before the \
+                                    start is in force";
 
 impl View {
     /// Returns the view that was good before a restart. It is served until the source answers, however long

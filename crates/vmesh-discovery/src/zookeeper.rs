@@ -142,7 +142,7 @@ impl<R: Resolve> ZookeeperSource<R> {
         self.counters.bad_records.fetch_add(self.state.take_bad_records(), Relaxed);
         if let Some((path, why)) = self.state.unknown_root() {
             // Serving the other roots would claim that this root has no services.
-            let (what, why) = (format!("read {path}, of which nothing is known yet"), why.to_string());
+            let (what, why) = (format!("read {path}, which has not been read yet"), why.to_string());
             return Err(self.failed(&what, why));
         }
         self.has_read = true;

@@ -284,8 +284,8 @@ async fn each_kind_of_registration_is_read_as_it_is_meant() {
           10.0.2.1:8080 weight 5 healthy zone dc1 version v3
         traefik
           10.0.4.1:9090 weight 1 healthy zone dc1
-        test: `name/with?odd` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit; this service is left out, `services.exclude` takes it off this list
-        test: `no such name!` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit; this service is left out, `services.exclude` takes it off this list
+        test: `name/with?odd` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit; this service is left out; add it to `services.exclude` to hide this problem
+        test: `no such name!` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit; this service is left out; add it to `services.exclude` to hide this problem
         test/external: instance `web` on node `ext-4`: `not an address` is neither an IP address nor a host name; this endpoint is left out
         test/portless: instance `p` on node `dc1-1`: it is registered without a port, and `default_port` is not set; this endpoint is left out"#]].assert_eq(&lines.join("\n"));
 }
@@ -350,7 +350,7 @@ async fn without_the_right_to_read_there_is_no_view_and_the_policy_is_named() {
     let (_, secret) = consul.token(r#"service_prefix "" { policy = "read" }"#).await.unwrap();
     token_file(&dir, &secret);
     let mut watched = ObservedSource::new(&config);
-    watched.failure_with("shows no instance of it").await;
+    watched.failure_with("shows none of its instances").await;
 
     // The token is replaced by a sufficient one while the source runs.
     token_file(&dir, MANAGEMENT_TOKEN);

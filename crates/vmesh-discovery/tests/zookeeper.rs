@@ -320,7 +320,7 @@ async fn a_registry_that_forgot_everything_says_nothing_and_names_no_service_emp
     let view = watched.view("orders 10.1.0.2:80 healthy\n").await;
     assert!(view.emptied.is_empty());
     servers.restart_empty().await.unwrap();
-    let absent = "zk/smartstack: there is no such node: what comes there is seen as soon as it does\n";
+    let absent = "zk/smartstack: there is no such node; vmesh reads it as soon as it is created\n";
     let view = watched.view(absent).await;
     assert!(view.services.is_empty() && view.emptied.is_empty());
     assert_eq!(shown(&watched.source.confirm(&BTreeSet::new()).await.unwrap()), absent);
@@ -356,14 +356,14 @@ async fn digest_tls_and_a_chroot_go_together_and_what_may_not_be_read_is_what_wa
     std::fs::write(&wrong, "mesh:wrong").unwrap();
     // With nothing known of this root, serving the others would claim that it has no services.
     let mut fresh = ObservedSource::new(&config(&connect, &more(&wrong)));
-    fresh.failure_with("could not read /smartstack, of which nothing is known yet").await;
+    fresh.failure_with("could not read /smartstack, which has not been read yet").await;
     fresh.last.contains("the node's ACL has to give READ").then_some(()).unwrap();
     let mut restored = ObservedSource::restored(&config(&connect, &more(&wrong)), Some(&view));
     let is_stale = |said: &Result<Registrations, SourceError>, shown: &str| {
         said.is_ok()
             && shown.starts_with("pay 10.1.0.1:80 healthy (stale: could not read /smartstack: not allowed")
     };
-    restored.until("what was known", is_stale).await.unwrap();
+    restored.until("the last good state stays", is_stale).await.unwrap();
 }
 
 #[tokio::test]

@@ -284,7 +284,7 @@ impl Library {
         for (file, contents) in &self.files {
             problems.extend(contents.unsupported.iter().cloned());
             let outcome = match held.contains(file) {
-                true => "what was last read of this file stays in force",
+                true => "the last good content of this file stays in force",
                 false => NOT_IN_FORCE,
             };
             let wrong = contents.unidentified.iter();

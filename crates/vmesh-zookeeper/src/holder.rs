@@ -68,7 +68,7 @@ impl Holder {
     ) -> Result<Holder, String> {
         check_path(&spec.path)?;
         if spec.path == "/" || (spec.sequential && spec.path.ends_with('/')) {
-            return Err(format!("`{}` is not the path of a node that can be made", spec.path));
+            return Err(format!("`{}` is not the path of a node that can be created", spec.path));
         }
         let (commands, received) = mpsc::unbounded_channel();
         let (publish, status) =
@@ -119,7 +119,7 @@ impl Holder {
                 HolderStatus::Held(path) => path.to_string(),
                 _ => "that is held".to_owned(),
             },
-            why: format!("{why}; it goes with its session, within {:?}", self.session_timeout),
+            why: format!("{why}; the node disappears with its session, within {:?}", self.session_timeout),
         };
         if self.commands.send(HolderCommand::Withdraw(reply)).is_err() {
             return Err(Error::Ended);
@@ -277,7 +277,7 @@ impl HolderTask {
                 zk::SessionState::Disconnected => {
                     connection = None;
                     self.publish_waiting(
-                        &self.lost("has lost its connection; the node stands until it expires"),
+                        &self.lost("has lost its connection; the node exists until the session expires"),
                     );
                 }
                 zk::SessionState::Expired => {
@@ -396,7 +396,7 @@ impl HolderTask {
         match client.check_stat(&path).await? {
             Some(stat) if !is_mine(client, stat.ephemeral_owner) => {
                 tracing::info!(
-                    "{path} stands from session {:#x}, and is replaced by one of this session",
+                    "{path} still exists from session {:#x} and is replaced by a node of this session",
                     stat.ephemeral_owner
                 );
                 let mut both = client.new_multi_writer();

@@ -44,12 +44,12 @@ pub enum Error {
     Credentials(PathBuf),
     #[error("cannot use the certificates in {files}: {why}")]
     Certificates { files: String, why: String },
-    #[error("`tls` has a cert_file and no key_file, or the other way round: a certificate needs its key")]
+    #[error("`tls` sets only one of `cert_file` and `key_file`: set both")]
     CertificateWithoutKey,
     #[error("could not open a session with ZooKeeper: {0}")]
     Unreachable(String),
     #[error(
-        "ZooKeeper ({servers}) refused the credentials, or wants some of another kind: see `sasl` and `auth`, and \
+        "ZooKeeper ({servers}) refused the credentials, or requires another kind: see `sasl` and `auth`, and \
          `enforce.auth.schemes` of the servers"
     )]
     Refused { servers: String },
@@ -63,10 +63,10 @@ pub enum Error {
     #[error("the session with ZooKeeper ({servers}) {why}")]
     Lost { servers: String, why: &'static str },
     #[error(
-        "ZooKeeper has lost its quorum, and the server at hand only answers reads: what it says may be out of date"
+        "ZooKeeper has lost its quorum, and the connected server only answers reads: its data may be out of date"
     )]
     ReadOnly,
-    #[error("the task that keeps the session ended unexpectedly, and begins anew")]
+    #[error("the task that keeps the session ended unexpectedly and is restarted")]
     Ended,
 }
 
@@ -88,8 +88,8 @@ impl Error {
 pub(crate) fn describe(error: &zk::Error) -> String {
     let fixed = match error {
         zk::Error::NoAuth => {
-            "not allowed; the node's ACL has to give READ (to read it) or WRITE, CREATE or DELETE (to change it) to these \
-             credentials"
+            "not allowed; the node's ACL has to give READ (to read it) or WRITE, CREATE or DELETE (to change \
+             it) to these credentials"
         }
         zk::Error::NoNode => "there is no such node",
         zk::Error::ConnectionLoss => "the connection was lost",
@@ -99,8 +99,8 @@ pub(crate) fn describe(error: &zk::Error) -> String {
         zk::Error::SessionExpired => "the session expired",
         zk::Error::ReplyTooLarge { announced, limit } => {
             return format!(
-                "the server announces a reply of {announced} bytes, and at most {limit} are read: is it a ZooKeeper, and \
-                 does a node hold that much or have so many children?"
+                "the server announces a reply of {announced} bytes, and at most {limit} are read: is it a \
+                 ZooKeeper, and does a node hold that much or have so many children?"
             );
         }
         zk::Error::NoChildrenForEphemerals => {
@@ -264,11 +264,13 @@ async fn diagnosis(config: &Config) -> String {
     for server in servers.iter().take(AT_MOST) {
         said.push(match timeout(Duration::from_millis(500), TcpStream::connect(server.as_str())).await {
             Ok(Ok(_)) if config.tls.is_some() => format!(
-                "{server} accepts connections but no session: it has no quorum, refuses the certificate or the credentials, \
-                 shows one that `ca_file` did not sign for this name, or speaks no TLS there"
+                "{server} accepts connections but no session: it has no quorum, refuses the certificate or \
+                 the credentials, shows one that `ca_file` did not sign for this name, or speaks no TLS \
+                 there"
             ),
             Ok(Ok(_)) => format!(
-                "{server} accepts connections but no session: it has no quorum, refuses the credentials, or is no ZooKeeper"
+                "{server} accepts connections but no session: it has no quorum, refuses the credentials, \
+                 or is no ZooKeeper"
             ),
             Ok(Err(error)) => format!("{server}: {}", shortened(&error)),
             Err(_) => format!("{server} does not answer"),

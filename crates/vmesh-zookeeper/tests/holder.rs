@@ -168,7 +168,7 @@ async fn what_cannot_be_withdrawn_in_time_is_said() {
     let failed = holder.withdraw(Duration::from_millis(300)).await.unwrap_err().to_string();
     assert_eq!(
         failed,
-        "could not withdraw the node /services/pay/web-1: it took longer than 300ms; it goes with its session, within 4s"
+        "could not withdraw the node /services/pay/web-1: it took longer than 300ms; the node disappears with its session, within 4s"
     );
 }
 

@@ -304,7 +304,7 @@ fn one_held(source: &DiscoverySource, held: &HeldRemoval) -> String {
         (of, confirmed) => format!(", and {of} more readings have to say the same ({confirmed} so far)"),
     };
     let until = match held.remaining_seconds {
-        None => "until that is accepted, or the source names enough again".to_owned(),
+        None => "until the operator accepts it or the source lists enough again".to_owned(),
         Some(seconds) => format!("{} more at least{readings}", age(Some(seconds))),
     };
     format!(
@@ -507,7 +507,7 @@ mod tests {
                 {{"name": "consul:dc1", "state": "held", "because": "2 services", "required": true, "age_seconds": 1,
                   "answered_at": 1, "services": 9, "endpoints": 80, "missing": 3, "counters": {counters}, "held": [
                     {{"service": "orders", "kind": "absent", "age_seconds": 12, "remaining_seconds": 18, "had": 3, "has": 0,
-                      "confirmed": 0, "confirmations": 2, "because": "`consul:dc1` no longer names it",
+                      "confirmed": 0, "confirmations": 2, "because": "`consul:dc1` no longer lists this service",
                       "command": "vmeshctl --api unix:/s discovery accept consul:dc1 orders"}},
                     {{"kind": "fleet", "age_seconds": 300, "remaining_seconds": null, "had": 80, "has": 40,
                       "confirmed": 0, "confirmations": 0, "because": "half of it is gone",
@@ -515,7 +515,7 @@ mod tests {
                     {{"service": "pay", "kind": "fleet", "age_seconds": 300, "remaining_seconds": null, "had": 6, "has": 2,
                       "confirmed": 0, "confirmations": 0, "because": "half of it is gone",
                       "command": "vmeshctl --api unix:/s discovery accept consul:dc1 pay"}}]}},
-                {{"name": "zk", "state": "frozen", "because": "no change of it is taken", "required": false,
+                {{"name": "zk", "state": "frozen", "because": "its changes are not applied", "required": false,
                   "age_seconds": null, "answered_at": null, "frozen_at": 1,
                   "command": "vmeshctl --api unix:/s discovery thaw zk", "services": 0, "endpoints": 0, "missing": 0,
                   "held": [], "counters": {counters}}}],
@@ -540,17 +540,17 @@ mod tests {
                   and 10 more
 
                 orders of consul:dc1 has been HELD (absent) for 12s; 18s more at least, and 2 more readings have to say the same (0 so far)
-                  why: `consul:dc1` no longer names it
+                  why: `consul:dc1` no longer lists this service
                   to believe it now: vmeshctl --api unix:/s discovery accept consul:dc1 orders
 
-                all that is gone of consul:dc1 has been HELD (fleet) for 5m; until that is accepted, or the source names enough again
+                all that is gone of consul:dc1 has been HELD (fleet) for 5m; until the operator accepts it or the source lists enough again
                   why: half of it is gone
                   to believe it now: vmeshctl --api unix:/s discovery accept consul:dc1
 
                 pay of consul:dc1 has been HELD with it: 2 of its 6 endpoints are named
                   to believe it now: vmeshctl --api unix:/s discovery accept consul:dc1 pay
 
-                zk is FROZEN: no change of it is taken
+                zk is FROZEN: its changes are not applied
                   to take its changes again: vmeshctl --api unix:/s discovery thaw zk
 
                 10.0.0.1:80 of orders is evicted: it has not been used for 60s
@@ -566,11 +566,11 @@ mod tests {
             events,
             r#"{"events": [
                 {"at_millis": 1, "age_seconds": 90, "source": "consul:dc1", "what": "held", "kind": "absent",
-                 "service": "orders", "text": "`consul:dc1` no longer names it"},
+                 "service": "orders", "text": "`consul:dc1` no longer lists this service"},
                 {"at_millis": 2, "age_seconds": 3, "what": "evicted", "service": "orders", "text": "10.0.0.1:80: not used"}]}"#,
             expect![[r#"
                 AGO  SOURCE      SERVICE  WHAT           WHY
-                90s  consul:dc1  orders   held (absent)  `consul:dc1` no longer names it
+                90s  consul:dc1  orders   held (absent)  `consul:dc1` no longer lists this service
                 3s   -           orders   evicted        10.0.0.1:80: not used
                 attention: true
             "#]],

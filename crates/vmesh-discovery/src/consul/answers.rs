@@ -19,7 +19,7 @@ impl<R: Resolve> ConsulSource<R> {
         counters.index_resets.fetch_add(resets, Ordering::Relaxed);
         match verdict {
             Verdict::Doubtful(doubt) => {
-                tracing::debug!("{doubt}: the leader is asked");
+                tracing::debug!("{doubt}; asking the leader");
                 false
             }
             Verdict::Changed | Verdict::Unchanged => {
@@ -115,8 +115,8 @@ impl<R: Resolve> ConsulSource<R> {
     pub(super) fn catalog_empty(&mut self, at: usize) -> Result<(), SourceError> {
         let of = self.datacenter_suffix(at);
         let what = format!(
-            "Consul lists no service{of}, not even itself: it answers so if the token may not read. {RIGHTS}; see \
-             `token_file`, and `consul acl token read -self`"
+            "Consul lists no service{of}, not even itself, which it does for a token without read rights: \
+             {RIGHTS}; see `token_file`, and `consul acl token read -self`"
         );
         if let Some(dc) = self.plan.datacenters.get_mut(at) {
             dc.failure = Some(what.as_str().into());
@@ -157,7 +157,7 @@ impl<R: Resolve> ConsulSource<R> {
                 Err(wrong) => {
                     let place = Place::file(self.name.clone());
                     let message = format!(
-                        "{wrong}; this service is left out, `services.exclude` takes it off this list"
+                        "{wrong}; this service is left out; add it to `services.exclude` to hide this problem"
                     );
                     problems.push(Problem::new(place, self.name.clone(), message));
                 }
@@ -298,8 +298,8 @@ impl<R: Resolve> ConsulSource<R> {
             watched.cursor.start_over(now + EMPTY_AGAIN);
             return;
         }
-        let where_it_is = if watched.listed { "lists it" } else { "hides something from this token" };
-        let why: Arc<str> = format!("Consul {where_it_is}, and shows no instance of it: {RIGHTS}").into();
+        let reason = if watched.listed { "lists this service" } else { "hides something from this token" };
+        let why: Arc<str> = format!("Consul {reason} and shows none of its instances: {RIGHTS}").into();
         // The query is retried with a back-off instead of blocking, because nothing was learnt.
         watched.cursor.on_failure(now);
         if watched.failure.as_ref() != Some(&why) {
@@ -320,8 +320,8 @@ impl<R: Resolve> ConsulSource<R> {
             return true;
         }
         let why = format!(
-            "Consul's answers have more than {} bytes together, which is more than is kept: see what its services \
-             register (`services.include` chooses those that are wanted)",
+            "Consul's answers have more than {} bytes together, which is the limit: choose the services \
+             to read with `services.include`, or register less",
             self.max_kept
         );
         watched.cursor.on_rejected(now);

@@ -255,7 +255,7 @@ mod tests {
         expect![[r#"
             control.yaml:1:2: unknown field `adress`, did you mean `address`?
             control.yaml:1:19: `wait`: 20m is too long: 10m at most
-            control.yaml:1:45: `tag`: `a` has to have one `*`, which stands for the value
+            control.yaml:1:45: `tag`: `a` needs exactly one `*`, which stands for the value
             control.yaml:1:75: `max_connections`: 1 is too few: 4 at least
             control.yaml:1:96: `warning`: expected one of `serve` or `drain`, found `no`
             control.yaml:1:114: `consistency`: expected one of `stale`, `default` or `consistent`, found `strong`

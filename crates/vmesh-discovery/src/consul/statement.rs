@@ -68,7 +68,7 @@ impl<R: Resolve> ConsulSource<R> {
         let parsed = combine(&self.name, name, &read);
         let mut problems = parsed.problems;
         if let Some(because) = &stale_because {
-            problems.push(self.problem_of(name, format!("{because}; what was known stays")));
+            problems.push(self.problem_of(name, format!("{because}; the last good state stays in force")));
         }
         let before = self.parsed.get(name).cloned();
         let content = match parsed.services.into_iter().next() {
@@ -82,7 +82,7 @@ impl<R: Resolve> ConsulSource<R> {
                 }
             },
             None => {
-                let unusable = "what Consul says of it cannot be used, see the problems";
+                let unusable = "Consul's answer about this service is unusable, see the problems";
                 stale_because.get_or_insert_with(|| unusable.into());
                 match (before, restored) {
                     (Some(before), _) => ServiceContent::Parsed(before),
@@ -124,7 +124,7 @@ impl<R: Resolve> ConsulSource<R> {
                     if restored.is_none() && watched.is_none() {
                         continue;
                     }
-                    let waiting = "Consul has not said anything of it since the start";
+                    let waiting = "Consul has not answered about this service since the start";
                     all.stale_because
                         .get_or_insert_with(|| failure.cloned().unwrap_or_else(|| waiting.into()));
                 }
@@ -156,7 +156,10 @@ impl<R: Resolve> ConsulSource<R> {
             if statement.is_none() {
                 self.unusable.insert(name.clone(), format!("service `{name}`: {because}").into());
             }
-            let outcome = if statement.is_some() { "what was known stays" } else { "nothing is known of it" };
+            let outcome = match statement.is_some() {
+                true => "the last good state stays in force",
+                false => "there is no last good state",
+            };
             problems.push(self.problem_of(name, format!("{because}; {outcome}")));
         }
         (statement, problems)

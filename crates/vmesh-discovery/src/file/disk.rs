@@ -245,7 +245,8 @@ impl Disk {
         for (directory, why) in &walk.unreadable {
             let file: Arc<str> = directory.display().to_string().into();
             let problem = Problem::new(Place::file(file.clone()), file, &**why);
-            scan.statement.problems.push(problem.with_outcome("what was last read below it stays in force"));
+            let outcome = "the last good content of the files below it stays in force";
+            scan.statement.problems.push(problem.with_outcome(outcome));
         }
 
         let now = Instant::now();
@@ -291,9 +292,12 @@ impl Disk {
         };
         let problem = result.err().map(|why| {
             let every = vmesh_model::text::show_duration(self.config.poll);
-            let message = format!("{why}; until then changes are seen only every {every}");
+            let message = format!("{why}; until then the files are only read every {every}");
             if !self.has_warned {
-                tracing::warn!("discovery source `{}` is not told of changes: {message}", self.source);
+                tracing::warn!(
+                    "discovery source `{}` cannot watch its files for changes: {message}",
+                    self.source
+                );
             }
             let place = Place::file(self.config.path.display().to_string());
             Problem::new(place, self.source.clone(), message)

@@ -35,7 +35,7 @@ pub fn is_public(file: &File, metadata: &Metadata, path: &Path) -> bool {
 
 /// Removes quoted content from `problem`; its place stays.
 pub fn redacted(problem: Problem) -> Problem {
-    let message = "this cannot be used; why is not shown, since not every user of this host may read the file: \
-                   `vmesh-control --check` shows it to one who may";
+    let message = "this part of the file is unusable; the reason is hidden because not every user of this \
+                   host may read the file: run `vmesh-control --check` as a user who may";
     Problem::new(problem.place.clone(), problem.place.file, message)
 }

@@ -279,9 +279,9 @@ async fn a_deleted_file_is_held() {
     fs::remove_file(live.dir.join("orders.yaml")).unwrap();
     let seen = live.views_until(|shown| shown.contains("held")).await;
     expect![[r#"
-        orders held 10.0.0.1:80 10.0.0.2:80 (`file` no longer names it, and it had 2 endpoints: what was known stays for 5m at least, in case that is a mistake)
+        orders held 10.0.0.1:80 10.0.0.2:80 (`file` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 5m, in case the removal is a mistake)
         web fresh 10.0.1.1:80
-        orders.yaml:1:1: `file` no longer names it, and it had 2 endpoints: what was known stays for 5m at least, in case that is a mistake
+        orders.yaml:1:1: `file` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 5m, in case the removal is a mistake
     "#]].assert_eq(seen.last().unwrap());
 }
 
@@ -405,7 +405,7 @@ async fn a_host_without_watches_is_polled_and_says_so() {
     let mut live = LiveSource { dir, views: handle.views, _task: task };
     live.first(expect![[r#"
         orders fresh 10.0.0.1:80 10.0.0.2:80
-        DIR: the host has no watches left: raise fs.inotify.max_user_watches; until then changes are seen only every 1s
+        DIR: the host has no watches left: raise fs.inotify.max_user_watches; until then the files are only read every 1s
     "#]]).await;
     replace(&live.dir, "orders.yaml", "endpoints: [10.0.0.3:80]\n");
     live.views_until(|shown| shown.contains("orders fresh 10.0.0.3:80\n")).await;
@@ -465,13 +465,13 @@ async fn what_is_no_file_is_not_opened_and_what_is_no_text_is_not_read() {
     live.first(expect![[r#"
         good fresh 10.0.0.1:80 10.0.0.2:80
         port fresh 10.0.0.2:80
-        -.yaml:1:1: `service` is missing, and the file's name cannot stand in for it: `-` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit; nothing of this file is in force
+        -.yaml:1:1: `service` is missing, and the name of the file cannot replace it: `-` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit; nothing of this file is in force
         a/b/c/d/e/f/g/h: not read: nested deeper than 8 directories
         cut.json:1:49: the quote that begins here never ends; nothing of this file is in force
-        dangling.yaml: a link to something that does not exist; nothing of this file is in force
+        dangling.yaml: a symbolic link to a path that does not exist; nothing of this file is in force
         huge.yaml: larger than 16 MiB, the most that is read; nothing of this file is in force
         latin1.yaml:1:17: the text is not UTF-8: byte 0xe4 belongs to no character; nothing of this file is in force
-        loop: a link that leads back to itself; nothing of this file is in force
+        loop: a symbolic link that leads back to itself; nothing of this file is in force
         number.yaml:1:44: `weight`: `many` is not a weight: a number from 0 to 1000000; this service is not in force
         pipe: not read: it is a FIFO
         port.yaml:1:13: port 0 is not a port: 1 to 65535; this endpoint is left out

@@ -247,7 +247,7 @@ impl EntryReader<'_> {
                     record.weight = Some(if weight.0 == 0.0 { weight } else { share });
                     has_own_weight = true;
                 }
-                Err(wrong) => notes.push(format!("{wrong}; Consul's own weight counts")),
+                Err(wrong) => notes.push(format!("{wrong}; Consul's own weight is used")),
             }
         }
         if let (false, Some(default), true) = (has_own_weight, rules.default_weight, weight.0 > 0.0) {
@@ -257,7 +257,7 @@ impl EntryReader<'_> {
             Some(text) => {
                 let protocol = protocol(text);
                 if protocol.is_none() {
-                    notes.push(format!("`{text}` is not a protocol that is known here; it is ignored"));
+                    notes.push(format!("`{text}` is not a protocol that vmesh knows; it is ignored"));
                 }
                 protocol
             }
@@ -412,7 +412,7 @@ impl EntryReader<'_> {
         match chosen {
             Some(port) => Ok(given(port)),
             None => Err(LeftOutReason::Unusable(
-                "it has several ports and none of them is the default: `port_name` says which".to_owned(),
+                "it has several ports and no default port: set `port_name` to choose one".to_owned(),
             )),
         }
     }

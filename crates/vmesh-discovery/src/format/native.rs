@@ -126,12 +126,12 @@ fn name_of(node: &Node, input: &Input<'_>, several: bool) -> Result<ServiceName,
             refuse(FileFailure::Misnamed, given.place(input.file), format!("`service`: {wrong}"))
         }),
         None if several => {
-            let message = "`service` is missing: in a file of several services each has to say its name";
+            let message = "`service` is missing: in a file of several services each needs its name";
             Err(refuse(FileFailure::Misnamed, place, message.to_owned()))
         }
         None => input.name.parse().map_err(|wrong| {
             let message =
-                format!("`service` is missing, and the file's name cannot stand in for it: {wrong}");
+                format!("`service` is missing, and the name of the file cannot replace it: {wrong}");
             refuse(FileFailure::MisnamedFile, place, message)
         }),
     }

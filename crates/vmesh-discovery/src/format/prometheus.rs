@@ -47,7 +47,9 @@ pub fn parse(input: &Input<'_>) -> ParseResult {
     for root in &roots {
         let Some(groups) = root.items() else {
             let message = match root.entries() {
-                Some(_) => "a file of Prometheus is a list of groups: write `- targets: ..`, or `[{\"targets\": ..}]`".to_owned(),
+                Some(_) => "a file of Prometheus is a list of groups: write `- targets: ..`, or \
+                            `[{\"targets\": ..}]`"
+                    .to_owned(),
                 None => format!("expected a list of groups (`targets`, `labels`), found {}", root.describe()),
             };
             return ParseResult::unusable(vec![Problem::new(
@@ -175,13 +177,13 @@ fn read_protocol(
     let subject = subject_of(&service.name);
     match (service.protocol, protocol) {
         (_, None) => {
-            let message = format!("`{}` is not a protocol that is known here; it is ignored", short(&text));
+            let message = format!("`{}` is not a protocol that vmesh knows; it is ignored", short(&text));
             parsed.add_problem(place_of_label(node, input, key), subject, message);
         }
         (None, given) => service.protocol = given,
         (Some(first), Some(other)) if first != other => {
             let line = service.place.line;
-            let message = format!("{other} here and {first} in line {line}: the first counts");
+            let message = format!("{other} here and {first} in line {line}: the first is used");
             parsed.add_problem(node.place(input.file), subject, message);
         }
         _ => {}

@@ -109,9 +109,9 @@ fn bad_prometheus_groups() {
               10.4.0.5:80 weight 1 unknown
             targets.yaml:2:13: `10.1.0.4` has no port: write `10.1.0.4:8080`, an address and a port; this endpoint is left out
             targets.yaml:2:23: `http://a:80/x`: only a host and a port, without scheme and path; this endpoint is left out
-            targets.yaml:5:36: `soap` is not a protocol that is known here; it is ignored
+            targets.yaml:5:36: `soap` is not a protocol that vmesh knows; it is ignored
             targets.yaml:7:34: `many` is not a weight: a number from 0 to 1000000; it is ignored
-            targets.yaml:10:3: grpc here and http in line 8: the first counts
+            targets.yaml:10:3: grpc here and http in line 8: the first is used
         "#]],
     );
     check(
@@ -181,7 +181,7 @@ fn linkerd_lists_are_lines() {
     );
     expect![[r#"
         linkerd FAILED
-        pay.v2: the file says nothing: if no service is meant, say so by `[]` or a comment
+        pay.v2: the file is empty: if it has no service on purpose, write `[]` or a comment
     "#]]
     .assert_eq(&read_as(Format::Linkerd, "pay.v2", "just words here\n"));
 }
@@ -353,7 +353,7 @@ fn a_label_that_cannot_be_used_costs_itself_and_a_name_its_group() {
         portal tls ["10.0.0.9:443 *1 unknown"]
         scale ["10.0.0.10:80 *1 unknown"]
         switches ["10.0.0.8:161 *1 unknown"]
-        e.yml:2:65: `snmp` is not a protocol that is known here; it is ignored
+        e.yml:2:65: `snmp` is not a protocol that vmesh knows; it is ignored
         e.yml:4:60: `heavy` is not a weight: a number from 0 to 1000000; it is ignored
         e.yml:5:46: the label `job` names the service, and `Node Exporter` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit; this group is left out
     "#]].assert_eq(&said("e.yml", text));

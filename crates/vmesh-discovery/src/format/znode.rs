@@ -420,7 +420,8 @@ fn agreed_protocol(
             votes.iter().map(|(protocol, count)| format!("{count} of {protocol}")).collect();
         said.sort();
         let message = format!(
-            "its endpoints differ in protocol ({}): {chosen} is used for all; say it in a `Service` document, or by `map`",
+            "its endpoints differ in protocol ({}): {chosen} is used for all; to choose another, set \
+             `protocol` in a `Service` document, or set `map`",
             said.join(", ")
         );
         problems.push(Problem::new(place.clone(), subject.clone(), message));

@@ -350,9 +350,14 @@ impl GuardedService {
         }
         let why = reported.because.as_deref().unwrap_or("it cannot be read");
         let because: Arc<str> = match has {
-            0 => format!("{why}; what was known stays until it can be read or that is accepted").into(),
+            0 => format!(
+                "{why}; the last good state stays in force until the service can be read or the \
+                          operator accepts its removal"
+            )
+            .into(),
             _ => format!(
-                "{why}; {} endpoints that are not named stay until all can be read or that is accepted",
+                "{why}; {} unlisted endpoints stay in force until all records can be read or the operator \
+                 accepts their removal",
                 served.len() - has
             )
             .into(),
@@ -434,8 +439,8 @@ impl GuardedService {
     ) -> HeldChange {
         let window = rules.config.confirm_unhealthy;
         let because = format!(
-            "`{}` says that all its endpoints ({}) became unhealthy within {}: \
-             what was known of their health stays for as long, in case it is the checks that fail",
+            "`{}` reports that all endpoints of this service ({}) became unhealthy within {}: \
+             their previous health stays in force for the same time, in case the health checks are at fault",
             rules.source,
             self.health.since.len(),
             show_duration(window),
@@ -560,12 +565,14 @@ fn find_endpoint<'a>(endpoints: &'a [Endpoint], address: &SocketAddr) -> Option<
 
 fn removal_reason(source: &str, reported: Option<&ServiceView>, before: usize, hold: Duration) -> Arc<str> {
     let endpoints = |n: usize| if n == 1 { "1 endpoint".to_owned() } else { format!("{n} endpoints") };
-    let said = match reported.map(|reported| reported.registration.endpoints.len()) {
-        None => format!("no longer names it, and it had {}", endpoints(before)),
-        Some(0) => format!("names no endpoint of it any more, and it had {}", endpoints(before)),
-        Some(left) => format!("names {} of it, and it had {before}", endpoints(left)),
+    let change = match reported.map(|reported| reported.registration.endpoints.len()) {
+        None => format!("no longer lists this service, which had {}", endpoints(before)),
+        Some(0) => format!("lists no endpoint of this service, which had {}", endpoints(before)),
+        Some(left) => format!("lists {} of this service, which had {before}", endpoints(left)),
     };
-    let stay =
-        format!("what was known stays for {} at least, in case that is a mistake", show_duration(hold));
-    format!("`{source}` {said}: {stay}").into()
+    let hold = show_duration(hold);
+    format!(
+        "`{source}` {change}: the last good state stays in force for at least {hold}, in case the removal is a mistake"
+    )
+    .into()
 }

@@ -228,8 +228,8 @@ fn a_service_that_is_gone_stays_until_that_is_confirmed() {
         "0: 1 2\n5: -\n34:\n35:",
         expect![[r#"
             0: 1 2               => fresh 1 2
-            5: -                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
-            34:                  => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
+            5: -                 => held 1 2 (`file:services.d` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake) until 35
+            34:                  => held 1 2 (`file:services.d` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake) until 35
             35:                  => gone
         "#]],
     );
@@ -237,10 +237,10 @@ fn a_service_that_is_gone_stays_until_that_is_confirmed() {
         "0: 1 2\n5: -\n20: 1\n40: -\n69:\n70:",
         expect![[r#"
             0: 1 2               => fresh 1 2
-            5: -                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
+            5: -                 => held 1 2 (`file:services.d` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake) until 35
             20: 1                => fresh 1
-            40: -                => held 1 (`file:services.d` no longer names it, and it had 1 endpoint: what was known stays for 30s at least, in case that is a mistake) until 70
-            69:                  => held 1 (`file:services.d` no longer names it, and it had 1 endpoint: what was known stays for 30s at least, in case that is a mistake) until 70
+            40: -                => held 1 (`file:services.d` no longer lists this service, which had 1 endpoint: the last good state stays in force for at least 30s, in case the removal is a mistake) until 70
+            69:                  => held 1 (`file:services.d` no longer lists this service, which had 1 endpoint: the last good state stays in force for at least 30s, in case the removal is a mistake) until 70
             70:                  => gone
         "#]],
     );
@@ -252,8 +252,8 @@ fn a_service_that_is_empty_stays_unless_that_is_said_on_purpose() {
         "0: 1\n5: .\n34:\n35:\n36: -",
         expect![[r#"
             0: 1                 => fresh 1
-            5: .                 => held 1 (`file:services.d` names no endpoint of it any more, and it had 1 endpoint: what was known stays for 30s at least, in case that is a mistake) until 35
-            34:                  => held 1 (`file:services.d` names no endpoint of it any more, and it had 1 endpoint: what was known stays for 30s at least, in case that is a mistake) until 35
+            5: .                 => held 1 (`file:services.d` lists no endpoint of this service, which had 1 endpoint: the last good state stays in force for at least 30s, in case the removal is a mistake) until 35
+            34:                  => held 1 (`file:services.d` lists no endpoint of this service, which had 1 endpoint: the last good state stays in force for at least 30s, in case the removal is a mistake) until 35
             35:                  => fresh 
             36: -                => gone
         "#]],
@@ -297,9 +297,9 @@ fn a_service_that_shrinks_below_half_stays_until_that_is_confirmed() {
         "0: 1 2 3 4 5 6 7 8 9 10\n5: 1 2 3 4\n10: 1 2 3 11\n64:\n65:\n66: 1 2 11",
         expect![[r#"
             0: 1 2 3 4 5 6 7 8 9 10 => fresh 1 2 3 4 5 6 7 8 9 10
-            5: 1 2 3 4           => held 1 2 3 4 5 6 7 8 9 10 (`file:services.d` names 4 endpoints of it, and it had 10: what was known stays for 1m at least, in case that is a mistake) until 65
-            10: 1 2 3 11         => held 1 2 3 4 5 6 7 8 9 10 11 (`file:services.d` names 4 endpoints of it, and it had 10: what was known stays for 1m at least, in case that is a mistake) until 65
-            64:                  => held 1 2 3 4 5 6 7 8 9 10 11 (`file:services.d` names 4 endpoints of it, and it had 10: what was known stays for 1m at least, in case that is a mistake) until 65
+            5: 1 2 3 4           => held 1 2 3 4 5 6 7 8 9 10 (`file:services.d` lists 4 endpoints of this service, which had 10: the last good state stays in force for at least 1m, in case the removal is a mistake) until 65
+            10: 1 2 3 11         => held 1 2 3 4 5 6 7 8 9 10 11 (`file:services.d` lists 4 endpoints of this service, which had 10: the last good state stays in force for at least 1m, in case the removal is a mistake) until 65
+            64:                  => held 1 2 3 4 5 6 7 8 9 10 11 (`file:services.d` lists 4 endpoints of this service, which had 10: the last good state stays in force for at least 1m, in case the removal is a mistake) until 65
             65:                  => fresh 1 2 3 11
             66: 1 2 11           => fresh 1 2 11
         "#]],
@@ -332,7 +332,7 @@ fn a_service_that_shrinks_below_half_stays_until_that_is_confirmed() {
         "0: 1 2 3 4 5 6\n5: 1 2\n10: 1 2 3 4",
         expect![[r#"
             0: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6
-            5: 1 2               => held 1 2 3 4 5 6 (`file:services.d` names 2 endpoints of it, and it had 6: what was known stays for 1m at least, in case that is a mistake) until 65
+            5: 1 2               => held 1 2 3 4 5 6 (`file:services.d` lists 2 endpoints of this service, which had 6: the last good state stays in force for at least 1m, in case the removal is a mistake) until 65
             10: 1 2 3 4          => fresh 1 2 3 4
         "#]],
     );
@@ -344,10 +344,10 @@ fn what_turns_from_few_into_none_has_to_be_confirmed_anew() {
         "0: 1 2 3 4 5 6\n5: 1\n60: -\n65:\n89:\n90:",
         expect![[r#"
             0: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6
-            5: 1                 => held 1 2 3 4 5 6 (`file:services.d` names 1 endpoint of it, and it had 6: what was known stays for 1m at least, in case that is a mistake) until 65
-            60: -                => held 1 2 3 4 5 6 (`file:services.d` no longer names it, and it had 6 endpoints: what was known stays for 30s at least, in case that is a mistake) until 90
-            65:                  => held 1 2 3 4 5 6 (`file:services.d` no longer names it, and it had 6 endpoints: what was known stays for 30s at least, in case that is a mistake) until 90
-            89:                  => held 1 2 3 4 5 6 (`file:services.d` no longer names it, and it had 6 endpoints: what was known stays for 30s at least, in case that is a mistake) until 90
+            5: 1                 => held 1 2 3 4 5 6 (`file:services.d` lists 1 endpoint of this service, which had 6: the last good state stays in force for at least 1m, in case the removal is a mistake) until 65
+            60: -                => held 1 2 3 4 5 6 (`file:services.d` no longer lists this service, which had 6 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake) until 90
+            65:                  => held 1 2 3 4 5 6 (`file:services.d` no longer lists this service, which had 6 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake) until 90
+            89:                  => held 1 2 3 4 5 6 (`file:services.d` no longer lists this service, which had 6 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake) until 90
             90:                  => gone
         "#]],
     );
@@ -355,9 +355,9 @@ fn what_turns_from_few_into_none_has_to_be_confirmed_anew() {
         "0: 1 2 3 4 5 6\n5: -\n20: 1 2\n64:\n65:",
         expect![[r#"
             0: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6
-            5: -                 => held 1 2 3 4 5 6 (`file:services.d` no longer names it, and it had 6 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
-            20: 1 2              => held 1 2 3 4 5 6 (`file:services.d` names 2 endpoints of it, and it had 6: what was known stays for 1m at least, in case that is a mistake) until 65
-            64:                  => held 1 2 3 4 5 6 (`file:services.d` names 2 endpoints of it, and it had 6: what was known stays for 1m at least, in case that is a mistake) until 65
+            5: -                 => held 1 2 3 4 5 6 (`file:services.d` no longer lists this service, which had 6 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake) until 35
+            20: 1 2              => held 1 2 3 4 5 6 (`file:services.d` lists 2 endpoints of this service, which had 6: the last good state stays in force for at least 1m, in case the removal is a mistake) until 65
+            64:                  => held 1 2 3 4 5 6 (`file:services.d` lists 2 endpoints of this service, which had 6: the last good state stays in force for at least 1m, in case the removal is a mistake) until 65
             65:                  => fresh 1 2
         "#]],
     );
@@ -369,8 +369,8 @@ fn what_went_just_before_the_rest_is_confirmed_stays_its_own_time() {
         "0: 1 2 3 4 5\n1: 1\n60: 2\n61:\n70:",
         expect![[r#"
             0: 1 2 3 4 5         => fresh 1 2 3 4 5
-            1: 1                 => held 1 2 3 4 5 (`file:services.d` names 1 endpoint of it, and it had 5: what was known stays for 1m at least, in case that is a mistake) until 61
-            60: 2                => held 1 2 3 4 5 (`file:services.d` names 1 endpoint of it, and it had 5: what was known stays for 1m at least, in case that is a mistake) until 61
+            1: 1                 => held 1 2 3 4 5 (`file:services.d` lists 1 endpoint of this service, which had 5: the last good state stays in force for at least 1m, in case the removal is a mistake) until 61
+            60: 2                => held 1 2 3 4 5 (`file:services.d` lists 1 endpoint of this service, which had 5: the last good state stays in force for at least 1m, in case the removal is a mistake) until 61
             61:                  => fresh 1 2 until 70
             70:                  => fresh 2
         "#]],
@@ -385,9 +385,9 @@ fn small_steps_in_a_row_are_one_large_one_for_a_registry() {
             0: 1 2 3 4 5 6 7 8   => fresh 1 2 3 4 5 6 7 8
             1: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6 7 8 until 11
             2: 1 2 3 4 5         => fresh 1 2 3 4 5 6 7 8 until 11
-            3: 1 2 3             => held 1 2 3 4 5 6 7 8 (`file:services.d` names 3 endpoints of it, and it had 8: what was known stays for 1m at least, in case that is a mistake) until 63
-            10:                  => held 1 2 3 4 5 6 7 8 (`file:services.d` names 3 endpoints of it, and it had 8: what was known stays for 1m at least, in case that is a mistake) until 63
-            62:                  => held 1 2 3 4 5 6 7 8 (`file:services.d` names 3 endpoints of it, and it had 8: what was known stays for 1m at least, in case that is a mistake) until 63
+            3: 1 2 3             => held 1 2 3 4 5 6 7 8 (`file:services.d` lists 3 endpoints of this service, which had 8: the last good state stays in force for at least 1m, in case the removal is a mistake) until 63
+            10:                  => held 1 2 3 4 5 6 7 8 (`file:services.d` lists 3 endpoints of this service, which had 8: the last good state stays in force for at least 1m, in case the removal is a mistake) until 63
+            62:                  => held 1 2 3 4 5 6 7 8 (`file:services.d` lists 3 endpoints of this service, which had 8: the last good state stays in force for at least 1m, in case the removal is a mistake) until 63
             63:                  => fresh 1 2 3
         "#]],
     );
@@ -399,11 +399,11 @@ fn a_source_that_does_not_answer_confirms_nothing() {
         "0: 1 2\n5: -\n10: failed\n90:\n100: -\n129:\n130:",
         expect![[r#"
             0: 1 2               => fresh 1 2
-            5: -                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
-            10: failed           => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake)
-            90:                  => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake)
-            100: -               => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 130
-            129:                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 130
+            5: -                 => held 1 2 (`file:services.d` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake) until 35
+            10: failed           => held 1 2 (`file:services.d` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake)
+            90:                  => held 1 2 (`file:services.d` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake)
+            100: -               => held 1 2 (`file:services.d` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake) until 130
+            129:                 => held 1 2 (`file:services.d` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake) until 130
             130:                 => gone
         "#]],
     );
@@ -434,7 +434,7 @@ fn what_was_believed_before_a_restart_is_guarded_too() {
     let believed = guard.judge(now);
     assert_eq!(ports(&believed.services["orders"]), ["1", "2"]);
     assert_eq!(believed.services["orders"].state, State::Held);
-    expect!["orders.yaml:1:1: `file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake"].assert_eq(&believed.problems[0].to_string());
+    expect!["orders.yaml:1:1: `file:services.d` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake"].assert_eq(&believed.problems[0].to_string());
 }
 
 #[test]
@@ -478,9 +478,9 @@ fn what_cannot_be_read_again_stays_until_it_is_accepted() {
         expect![[r#"
             0: 1 2               => fresh 1 2
             5: unreadable        => fresh 1 2
-            5: -                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
-            35:                  => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
-            600:                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
+            5: -                 => held 1 2 (`file:services.d` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake) until 35
+            35:                  => held 1 2 (`file:services.d` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake) until 35
+            600:                 => held 1 2 (`file:services.d` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake) until 35
             601: accept          => gone
         "#]],
     );
@@ -493,9 +493,9 @@ fn when_all_become_unhealthy_at_once_their_health_stays_for_a_while() {
         expect![[r#"
             0: 1h 2h 3           => fresh 1h 2h 3
             10: 1h 2u 3          => fresh 1h 2u 3
-            20: 1u 2u 3u         => held 1h 2h 3 (`file:services.d` says that all its endpoints (3) became unhealthy within 30s: what was known of their health stays for as long, in case it is the checks that fail) until 50
-            25: 1u 2u 3u 4       => held 1h 2h 3 4 (`file:services.d` says that all its endpoints (3) became unhealthy within 30s: what was known of their health stays for as long, in case it is the checks that fail) until 50
-            26: 1u 2u 3u         => held 1h 2h 3 4 (`file:services.d` says that all its endpoints (3) became unhealthy within 30s: what was known of their health stays for as long, in case it is the checks that fail) until 50
+            20: 1u 2u 3u         => held 1h 2h 3 (`file:services.d` reports that all endpoints of this service (3) became unhealthy within 30s: their previous health stays in force for the same time, in case the health checks are at fault) until 50
+            25: 1u 2u 3u 4       => held 1h 2h 3 4 (`file:services.d` reports that all endpoints of this service (3) became unhealthy within 30s: their previous health stays in force for the same time, in case the health checks are at fault) until 50
+            26: 1u 2u 3u         => held 1h 2h 3 4 (`file:services.d` reports that all endpoints of this service (3) became unhealthy within 30s: their previous health stays in force for the same time, in case the health checks are at fault) until 50
             50:                  => fresh 1u 2u 3u
             56:                  => fresh 1u 2u 3u
             60: 1h 2u 3u         => fresh 1h 2u 3u
@@ -531,16 +531,16 @@ fn when_all_become_unhealthy_at_once_their_health_stays_for_a_while() {
         "0: 1h 2h\n1: 1u 2u\n10: 1h 2u\n31: 1u 2u",
         expect![[r#"
         0: 1h 2h             => fresh 1h 2h
-        1: 1u 2u             => held 1h 2h (`file:services.d` says that all its endpoints (2) became unhealthy within 30s: what was known of their health stays for as long, in case it is the checks that fail) until 31
+        1: 1u 2u             => held 1h 2h (`file:services.d` reports that all endpoints of this service (2) became unhealthy within 30s: their previous health stays in force for the same time, in case the health checks are at fault) until 31
         10: 1h 2u            => fresh 1h 2u
-        31: 1u 2u            => held 1h 2h (`file:services.d` says that all its endpoints (2) became unhealthy within 30s: what was known of their health stays for as long, in case it is the checks that fail) until 61
+        31: 1u 2u            => held 1h 2h (`file:services.d` reports that all endpoints of this service (2) became unhealthy within 30s: their previous health stays in force for the same time, in case the health checks are at fault) until 61
     "#]],
     );
     registry(
         "0: 1h 2h\n1: 1u 2u\n10: accept\n15: 1u 2u",
         expect![[r#"
         0: 1h 2h             => fresh 1h 2h
-        1: 1u 2u             => held 1h 2h (`file:services.d` says that all its endpoints (2) became unhealthy within 30s: what was known of their health stays for as long, in case it is the checks that fail) until 31
+        1: 1u 2u             => held 1h 2h (`file:services.d` reports that all endpoints of this service (2) became unhealthy within 30s: their previous health stays in force for the same time, in case the health checks are at fault) until 31
         10: accept           => fresh 1u 2u
         15: 1u 2u            => fresh 1u 2u
     "#]],
@@ -553,12 +553,12 @@ fn a_frozen_source_is_not_listened_to_and_its_holds_begin_anew_when_it_is_thawed
         "0: 1 2\n5: -\n20: freeze\n100: 3\n200: -\n300: thaw\n329:\n330:",
         expect![[r#"
             0: 1 2               => fresh 1 2
-            5: -                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
-            20: freeze           => held 1 2 (`file:services.d` says something else of it now, and is frozen: no change of it is taken until it is thawed)
-            100: 3               => held 1 2 (`file:services.d` says something else of it now, and is frozen: no change of it is taken until it is thawed)
-            200: -               => held 1 2 (`file:services.d` says something else of it now, and is frozen: no change of it is taken until it is thawed)
-            300: thaw            => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 330
-            329:                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 330
+            5: -                 => held 1 2 (`file:services.d` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake) until 35
+            20: freeze           => held 1 2 (`file:services.d` reports a change of this service and is frozen: no change is applied until the operator thaws the source)
+            100: 3               => held 1 2 (`file:services.d` reports a change of this service and is frozen: no change is applied until the operator thaws the source)
+            200: -               => held 1 2 (`file:services.d` reports a change of this service and is frozen: no change is applied until the operator thaws the source)
+            300: thaw            => held 1 2 (`file:services.d` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake) until 330
+            329:                 => held 1 2 (`file:services.d` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake) until 330
             330:                 => gone
         "#]],
     );
@@ -567,7 +567,7 @@ fn a_frozen_source_is_not_listened_to_and_its_holds_begin_anew_when_it_is_thawed
         expect![[r#"
             0: freeze            => gone
             1: 1 2               => fresh 1 2
-            2: 1 2 3             => held 1 2 (`file:services.d` says something else of it now, and is frozen: no change of it is taken until it is thawed)
+            2: 1 2 3             => held 1 2 (`file:services.d` reports a change of this service and is frozen: no change is applied until the operator thaws the source)
             3: thaw              => fresh 1 2 3
         "#]],
     );
@@ -579,7 +579,7 @@ fn what_is_accepted_goes_at_once_and_is_not_doubted_again() {
         "0: 1 2 3 4 5 6\n5: 1 2\n6: accept\n7: 1",
         expect![[r#"
         0: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6
-        5: 1 2               => held 1 2 3 4 5 6 (`file:services.d` names 2 endpoints of it, and it had 6: what was known stays for 1m at least, in case that is a mistake) until 65
+        5: 1 2               => held 1 2 3 4 5 6 (`file:services.d` lists 2 endpoints of this service, which had 6: the last good state stays in force for at least 1m, in case the removal is a mistake) until 65
         6: accept            => fresh 1 2
         7: 1                 => fresh 1 2 until 17
     "#]],
@@ -588,7 +588,7 @@ fn what_is_accepted_goes_at_once_and_is_not_doubted_again() {
         "0: 1 2\n5: -\n6: accept",
         expect![[r#"
         0: 1 2               => fresh 1 2
-        5: -                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
+        5: -                 => held 1 2 (`file:services.d` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 30s, in case the removal is a mistake) until 35
         6: accept            => gone
     "#]],
     );

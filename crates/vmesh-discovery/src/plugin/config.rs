@@ -83,7 +83,7 @@ fn pass_env<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D
     for name in &names {
         if NEVER_PASSED.contains(&name.as_str()) {
             return Err(de::Error::custom(format!(
-                "`{name}` is how the control plane speaks with systemd: no other program gets it"
+                "`{name}` belongs to the control plane's protocol with systemd: it is not passed to a program"
             )));
         }
         if name.is_empty() || name.contains(['=', '\0']) {

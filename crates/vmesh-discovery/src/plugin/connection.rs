@@ -59,12 +59,12 @@ enum PluginEnd {
 impl fmt::Display for PluginEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            PluginEnd::Exited(Some(status)) => write!(f, "it ended ({status}); it is started again"),
+            PluginEnd::Exited(Some(status)) => write!(f, "it exited ({status}); it is started again"),
             PluginEnd::Exited(None) => f.write_str("it closed its output; it is started again"),
             PluginEnd::Silent(silence) => write!(
                 f,
-                "it said nothing for {} s, and was ended; it is started again: a program without news prints \
-                 `{{\"type\": \"alive\"}}` now and then",
+                "it printed no line for {} s and was killed; it is started again: a program without news has \
+                 to print `{{\"type\": \"alive\"}}` now and then",
                 silence.as_secs()
             ),
             PluginEnd::TooLong(limit) => {
@@ -107,7 +107,7 @@ impl PluginConnection {
                 Ok(None)
             }
             // The program keeps running, since its next line may be valid.
-            Err(why) => Err(self.failed("understand what its program said".to_owned(), why)),
+            Err(why) => Err(self.failed("read the output of its program".to_owned(), why)),
         }
     }
 
@@ -181,7 +181,7 @@ impl PluginConnection {
         };
         self.running = None;
         self.counters.connections.store(0, Relaxed);
-        self.failed(format!("hear of its program `{}`", self.config.program()), why)
+        self.failed(format!("wait for its program `{}`", self.config.program()), why)
     }
 
     fn failed(

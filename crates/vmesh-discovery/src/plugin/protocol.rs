@@ -90,7 +90,7 @@ fn read_line(source: &Arc<str>, line: &str) -> Result<PluginLine, String> {
         "failed" => {
             let message = root.get("message").and_then(|node| node.text()).unwrap_or_default();
             Ok(PluginLine::Failed(if message.is_empty() {
-                "it does not say why".to_owned()
+                "it gives no reason".to_owned()
             } else {
                 message.to_owned()
             }))
@@ -219,7 +219,7 @@ mod tests {
         check(
             r#"{"type":"view","services":[{"endpoints":[]}]}"#,
             expect![[r#"
-            error: plugin:x:1:28: `service` is missing: in a file of several services each has to say its name
+            error: plugin:x:1:28: `service` is missing: in a file of several services each needs its name
         "#]],
         );
     }

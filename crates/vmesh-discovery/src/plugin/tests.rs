@@ -78,13 +78,13 @@ async fn a_program_that_fails_ends_or_is_silent_is_a_failure_and_is_started_agai
     );
     let ended = said(&mut source).await;
     assert!(
-        ended.contains("could not hear of its program `/") && ended.contains("it is started again"),
+        ended.contains("could not wait for its program `/") && ended.contains("it is started again"),
         "{ended}"
     );
     let nonsense = said(&mut source).await;
     assert!(
         nonsense.ends_with(
-            "could not understand what its program said: `Traceback (most recent call last):` is not a JSON object: \
+            "could not read the output of its program: `Traceback (most recent call last):` is not a JSON object: \
              logs belong on standard error"
         ),
         "{nonsense}"

@@ -130,7 +130,7 @@ pub async fn follow(mut source: impl Source, guard: Guard, link: Link) {
 
 fn read_timed_out(source: &Arc<str>) -> SourceError {
     let what = "answer when it was read again".to_owned();
-    let cause = format!("nothing came within {} s", CONFIRM_WITHIN.as_secs()).into();
+    let cause = format!("no answer within {} s", CONFIRM_WITHIN.as_secs()).into();
     SourceError::Failed { source_name: source.clone(), what, cause }
 }
 
@@ -169,7 +169,7 @@ impl FollowState {
         if unusable.is_empty() {
             self.is_usable = true;
             if self.unusable.take().is_some() {
-                let text = format!("what `{source}` says can be used").into();
+                let text = format!("the view of `{source}` is usable").into();
                 self.report(vec![Notice { kind: NoticeKind::Answering, service: None, hold: None, text }]);
             }
             return;
@@ -180,11 +180,11 @@ impl FollowState {
             why.push(&more);
         }
         let what = match reported.unusable.is_empty() {
-            false => "a part of it cannot be read, and nothing is known of that from before",
-            true => "nothing of it can be used, and nothing is known of it from before",
+            false => "a part of the source cannot be read and has no last good state",
+            true => "nothing in the source is usable, and it has no last good state",
         };
         let because: Arc<str> = format!(
-            "{what}: {}; mend it, or serve without it by `vmeshctl discovery accept`",
+            "{what}: {}; repair it, or serve without it by `vmeshctl discovery accept`",
             why.join("; ")
         )
         .into();
@@ -238,7 +238,7 @@ impl FollowState {
                 self.check_first_view(&reported);
                 self.take_answer(|guard, now| guard.observe(reported, now));
             }
-            Err(error) => tracing::warn!("{}; what was known stays in force", chain(&error)),
+            Err(error) => tracing::warn!("{}; the last good view stays in force", chain(&error)),
         }
     }
 
@@ -254,7 +254,7 @@ impl FollowState {
             }
             Err(error) => {
                 let because: Arc<str> = chain(&error).into();
-                tracing::info!("{because}; what is held stays held");
+                tracing::info!("{because}; the held changes stay held");
                 self.guard.record_failed_read(services, &because, Instant::now().into_std());
             }
         }

@@ -249,7 +249,7 @@ async fn what_was_good_before_a_restart_is_there_before_the_source_answers() {
     let before: Registrations = serde_json::from_str(&before).unwrap();
     assert_eq!(before, registrations(&[("orders", 3)]));
     let mut followed = followed(View::restored(before.into()));
-    let cause = "the source has not answered since the start; this is from before";
+    let cause = "the source has not answered since the start; its view from before the start is in force";
     followed.until(&format!("[\"orders 3 stale\"] stale: {cause:?} held: 0")).await;
     followed.say.send(Err(failed())).unwrap();
     let cause = "discovery source `consul:dc1` could not list services: connection refused";

@@ -239,7 +239,8 @@ impl ZookeeperState {
         let service: ServiceName = match name.parse() {
             Ok(service) => service,
             Err(wrong) => {
-                let message = format!("{wrong}; this service is left out, `exclude` takes it off this list");
+                let message =
+                    format!("{wrong}; this service is left out; add it to `exclude` to hide this problem");
                 self.misnamed.insert(name.clone(), Problem::new(place, self.source.clone(), message));
                 return;
             }
@@ -291,11 +292,11 @@ impl ZookeeperState {
             let says =
                 |message: String| Problem::new(Place::file(place.as_str()), self.source.clone(), message);
             if let Some(why) = &root.failed {
-                statement.problems.push(says(format!("{why}; what was known stays")));
+                statement.problems.push(says(format!("{why}; the last good state stays in force")));
                 continue;
             }
             if root.tree.is_none() {
-                let message = "there is no such node: what comes there is seen as soon as it does";
+                let message = "there is no such node; vmesh reads it as soon as it is created";
                 statement.problems.push(says(message.to_owned()));
             }
             if root.is_of_no_format() {
@@ -308,7 +309,8 @@ impl ZookeeperState {
                 // service.
                 if !root.directories.contains_key(parent) {
                     let at = Place::file(format!("{place}{}", below(path)));
-                    let message = format!("{why}; what was known below it stays");
+                    let message =
+                        format!("{why}; the last good state of the services below it stays in force");
                     statement.problems.push(Problem::new(at, self.source.clone(), message));
                 }
             }
@@ -400,8 +402,8 @@ impl RootState {
         if !others.is_empty() {
             let ours = self.format_votes.get(&format).copied().unwrap_or_default();
             return Some(format!(
-                "it is read as `{format}`, as {ours} of its nodes look, and those are left out that look otherwise ({}): set \
-                 `format`",
+                "it is read as `{format}`, as {ours} of its nodes look, and those are left out that look \
+                 otherwise ({}): set `format`",
                 others.join(", ")
             ));
         }
@@ -489,7 +491,7 @@ fn directory_state(
     let partial: Option<Arc<str>> = read.partial_reason().map(Into::into);
     match partial {
         Some(why) if read.is_unusable() => {
-            let message = format!("{why}; what was known stays");
+            let message = format!("{why}; the last good state stays in force");
             problems.push(Problem::new(Place::file(place), path_name.clone(), message));
             DirectoryState {
                 path_name,
@@ -517,7 +519,7 @@ fn directory_state(
     }
 }
 
-const NO_FORMAT: &str = "what is there looks like no format that is known: set `format`";
+const NO_FORMAT: &str = "its nodes are in no format that vmesh recognises: set `format`";
 
 /// Returns the reason if nothing is known of the place where `known` was registered.
 fn reason_unknown<'a>(unknown: &'a [(String, Arc<str>)], known: &Registration) -> Option<&'a Arc<str>> {

@@ -144,7 +144,7 @@ impl Driver {
                 ConnectionEnd::Error(error) => return error,
             };
             if state == zk::SessionState::Disconnected {
-                self.mark_stale(&self.lost("has lost its connection; another is being made"));
+                self.mark_stale(&self.lost("has lost its connection and is reconnecting"));
                 // After a reconnect the client would restore its one-shot watches, 128 KiB of paths per
                 // request, which servers reject. It also does not read changed credentials. Both cases need a
                 // new session.
@@ -288,7 +288,9 @@ impl Driver {
             zk::Error::Unimplemented if self.shared.config.watch == Watch::Auto => {
                 self.backoff.reset();
                 ConnectionEnd::Error(
-                    self.lost("ended: its server is older than 3.6, and is watched node by node from now on"),
+                    self.lost(
+                        "ended: its server is older than 3.6, from now on each node is watched on its own",
+                    ),
                 )
             }
             zk::Error::Unimplemented => ConnectionEnd::Error(Error::NoPersistentWatches(servers)),
@@ -520,7 +522,7 @@ impl ExceededLimit {
             ExceededLimit::Nodes => "see `max_nodes`",
             ExceededLimit::Bytes => "no registry of services is that large",
         };
-        format!("there are {more}: this is not taken for what is meant ({hint})").into()
+        format!("there are {more}: this is probably not the intended path ({hint})").into()
     }
 }
 

@@ -136,9 +136,12 @@ impl MergedServices {
         }
         let stayed = claims.iter().find(|statement| Some(&place_of(statement).file) == incumbent);
         let Some(counts) = stayed.or(claims.first()) else { return };
-        let why = if stayed.is_some() { "since it was there before" } else { "since it is the first" };
+        let why = match stayed.is_some() {
+            true => "because it was in force before",
+            false => "because it is the first in path order",
+        };
         for other in claims.iter().filter(|other| !std::ptr::eq(**other, *counts)) {
-            let message = format!("`{name}` is also in {}, which counts, {why}", place_of(counts));
+            let message = format!("`{name}` is also in {}, which is used {why}", place_of(counts));
             let problem = Problem::new(place_of(other), subject_of(name), message);
             self.conflicts.entry(name.clone()).or_default().push(problem);
         }

@@ -104,9 +104,9 @@ impl FileState {
         let unreadable = parsed.unreadable.iter().find(|name| subject_of(name) == problem.subject);
         let outcome = match (parsed.has_failed(), unreadable) {
             (true, _) if self.services.is_empty() => "nothing of this file is in force",
-            (true, _) => "what was last read of this file stays in force",
+            (true, _) => "the last good content of this file stays in force",
             (false, Some(name)) if self.services.contains_key(name) => {
-                "what was last read of this service stays in force"
+                "the last good state of this service stays in force"
             }
             (false, Some(_)) => "this service is not in force",
             (false, None) => return problem,

@@ -175,7 +175,7 @@ impl Disk {
                 let stat = match metadata {
                     Ok(metadata) => Ok((FileStat::of(&metadata), metadata.modified().ok())),
                     Err(error) if error.kind() == ErrorKind::NotFound => {
-                        Err("a link to something that does not exist".to_owned())
+                        Err("a symbolic link to a path that does not exist".to_owned())
                     }
                     Err(error) => Err(explain_error(&error)),
                 };
@@ -278,13 +278,13 @@ pub(in crate::file) fn explain_error(error: &io::Error) -> String {
     let number = error.raw_os_error();
     let is = |errno: Errno| number == Some(errno.raw_os_error());
     if is(Errno::LOOP) {
-        "a link that leads back to itself".to_owned()
+        "a symbolic link that leads back to itself".to_owned()
     } else if is(Errno::ACCESS) || is(Errno::PERM) {
         "permission denied: the control plane's user has to be able to read it".to_owned()
     } else if is(Errno::NOENT) {
         "it does not exist".to_owned()
     } else if is(Errno::STALE) || is(Errno::NOTCONN) {
-        "its file system is gone".to_owned()
+        "its file system is no longer mounted or reachable".to_owned()
     } else {
         // The standard library appends the error number.
         let text = error.to_string();

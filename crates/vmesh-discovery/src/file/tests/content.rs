@@ -18,7 +18,7 @@ async fn a_bad_file_keeps_what_was_last_good_of_it() {
             a stale 10.0.0.1:80 (all.yaml: the file is empty)
             b stale 10.0.0.2:80 (all.yaml: the file is empty)
             orders fresh 10.0.0.1:80 10.0.0.2:80
-            all.yaml: the file is empty; what was last read of this file stays in force
+            all.yaml: the file is empty; the last good content of this file stays in force
         "#]],
         ),
         (
@@ -27,7 +27,7 @@ async fn a_bad_file_keeps_what_was_last_good_of_it() {
             a stale 10.0.0.1:80 (all.yaml:2:27: this `[` is never closed)
             b stale 10.0.0.2:80 (all.yaml:2:27: this `[` is never closed)
             orders fresh 10.0.0.1:80 10.0.0.2:80
-            all.yaml:2:27: this `[` is never closed; what was last read of this file stays in force
+            all.yaml:2:27: this `[` is never closed; the last good content of this file stays in force
         "#]],
         ),
         (
@@ -45,7 +45,7 @@ async fn a_bad_file_keeps_what_was_last_good_of_it() {
             a fresh 10.0.0.9:80
             b stale 10.0.0.2:80 (all.yaml:2:28: `bad` has no port: write `bad:8080`, an address and a port)
             orders fresh 10.0.0.1:80 10.0.0.2:80
-            all.yaml:2:28: `bad` has no port: write `bad:8080`, an address and a port; what was last read of this service stays in force
+            all.yaml:2:28: `bad` has no port: write `bad:8080`, an address and a port; the last good state of this service stays in force
         "#]],
         ),
         (
@@ -54,8 +54,8 @@ async fn a_bad_file_keeps_what_was_last_good_of_it() {
                 a stale 10.0.0.1:80 (all.yaml:1:28: `x` has no port: write `x:8080`, an address and a port)
                 b stale 10.0.0.2:80 (all.yaml:2:28: `y` has no port: write `y:8080`, an address and a port)
                 orders fresh 10.0.0.1:80 10.0.0.2:80
-                all.yaml:1:28: `x` has no port: write `x:8080`, an address and a port; what was last read of this service stays in force
-                all.yaml:2:28: `y` has no port: write `y:8080`, an address and a port; what was last read of this service stays in force
+                all.yaml:1:28: `x` has no port: write `x:8080`, an address and a port; the last good state of this service stays in force
+                all.yaml:2:28: `y` has no port: write `y:8080`, an address and a port; the last good state of this service stays in force
             "#]],
         ),
     ] {
@@ -73,10 +73,10 @@ async fn a_bad_file_keeps_what_was_last_good_of_it() {
     symlink("all.yaml", live.dir.join("all.yaml")).unwrap();
     let seen = live.views_until(|shown| shown.contains("all.yaml:") && !shown.contains("held")).await;
     expect![[r#"
-        a stale 10.0.0.1:80 (all.yaml: a link that leads back to itself)
-        b stale 10.0.0.2:80 (all.yaml: a link that leads back to itself)
+        a stale 10.0.0.1:80 (all.yaml: a symbolic link that leads back to itself)
+        b stale 10.0.0.2:80 (all.yaml: a symbolic link that leads back to itself)
         orders fresh 10.0.0.1:80 10.0.0.2:80
-        all.yaml: a link that leads back to itself; what was last read of this file stays in force
+        all.yaml: a symbolic link that leads back to itself; the last good content of this file stays in force
     "#]]
     .assert_eq(seen.last().unwrap());
 }
@@ -110,16 +110,16 @@ async fn a_bad_file_keeps_what_was_known_of_it_before_a_restart() {
     let config = config(&dir);
     let mut live = LiveSource::of(dir, config, Some(last_good), TestDns::default());
     live.first(expect![[r#"
-        orders stale 10.0.0.1:80 10.0.0.7:80 (the source has not answered since the start; this is from before)
-        web stale 10.0.1.1:80 (the source has not answered since the start; this is from before)
+        orders stale 10.0.0.1:80 10.0.0.7:80 (the source has not answered since the start; its view from before the start is in force)
+        web stale 10.0.1.1:80 (the source has not answered since the start; its view from before the start is in force)
         orders.yaml:1:26: `db` cannot be resolved: no such host; this endpoint is left out
-        STALE the source has not answered since the start; this is from before
+        STALE the source has not answered since the start; its view from before the start is in force
     "#]]).await;
     let seen = live.views_until(|shown| !shown.contains("STALE")).await;
     expect![[r#"
         orders stale 10.0.0.1:80 10.0.0.7:80 (orders.yaml:1:12: this `[` is never closed)
         web fresh 10.0.1.1:80
-        orders.yaml:1:12: this `[` is never closed; what was last read of this file stays in force
+        orders.yaml:1:12: this `[` is never closed; the last good content of this file stays in force
     "#]]
     .assert_eq(seen.last().unwrap());
     replace(&live.dir, "orders.yaml", "endpoints: [10.0.0.1:80, db:80]\n");
@@ -141,8 +141,8 @@ async fn a_service_in_two_files_is_that_of_the_first() {
     ]);
     live.first(expect![[r#"
         orders fresh 10.0.0.1:80
-        b.yaml:1:1: `orders` is also in a.yaml:2:1, which counts, since it is the first
-        orders: `orders` is also in a.yaml:2:1, which counts, since it is the first
+        b.yaml:1:1: `orders` is also in a.yaml:2:1, which is used because it is the first in path order
+        orders: `orders` is also in a.yaml:2:1, which is used because it is the first in path order
     "#]])
         .await;
 }
@@ -209,9 +209,9 @@ async fn a_name_that_stands_for_loopback_on_this_host_only_is_no_endpoint() {
     live.first(expect![[r#"
         own fresh 127.0.0.1:80 127.0.0.5:80 127.0.0.9:80
         web fresh 10.0.0.20:80
-        web:1:1: `vm-17`: it stands for 127.0.1.1 on this host only, see its /etc/hosts; this endpoint is left out
-        web:2:1: `vm-18`: it stands for ::1 on this host only, see its /etc/hosts; this endpoint is left out
-        web:3:1: `vm-19`: it stands for 127.0.0.1 on this host only, see its /etc/hosts; this endpoint is left out
+        web:1:1: `vm-17`: it resolves to 127.0.1.1 on this host only, see /etc/hosts; this endpoint is left out
+        web:2:1: `vm-18`: it resolves to ::1 on this host only, see /etc/hosts; this endpoint is left out
+        web:3:1: `vm-19`: it resolves to 127.0.0.1 on this host only, see /etc/hosts; this endpoint is left out
     "#]]).await;
 }
 

@@ -331,9 +331,9 @@ fn errors_of_the_file_system_are_said_in_plain_words() {
         .collect();
     expect![[r#"
         permission denied: the control plane's user has to be able to read it
-        a link that leads back to itself
+        a symbolic link that leads back to itself
         it does not exist
-        its file system is gone
+        its file system is no longer mounted or reachable
         input/output error
         too many open files
     "#]]

@@ -112,7 +112,8 @@ fn agreed_protocol(instances: &[ConsulInstance]) -> (Option<Protocol>, Option<St
     let disagreement = (counts.len() > 1).then(|| {
         let each: Vec<_> = counts.iter().map(|(name, (count, _))| format!("{count} say `{name}`")).collect();
         format!(
-            "its instances do not agree on the protocol ({}): `{}` is taken; a `Service` document can say it",
+            "its instances differ in protocol ({}): `{}` is used; set `protocol` in a `Service` document \
+             to choose another",
             each.join(", "),
             most.unwrap_or_default()
         )

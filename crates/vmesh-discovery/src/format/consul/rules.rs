@@ -149,6 +149,6 @@ fn one_star<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Err
     if text.matches('*').count() == 1 {
         Ok(text)
     } else {
-        Err(de::Error::custom(format!("`{text}` has to have one `*`, which stands for the value")))
+        Err(de::Error::custom(format!("`{text}` needs exactly one `*`, which stands for the value")))
     }
 }

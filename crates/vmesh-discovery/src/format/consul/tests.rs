@@ -148,7 +148,7 @@ fn the_port_is_the_one_that_there_is_or_the_one_that_was_asked_for() {
         10.1.0.1:81 weight 1 healthy zone dc1 {"datacenter": "dc1", "node": "vm-1"}
         consul:dc1/pay: instance `pay-1` on node `vm-1`: it has no port named `other`; this endpoint is left out
         10.1.0.1:80 weight 1 healthy zone dc1 {"datacenter": "dc1", "node": "vm-1"}
-        consul:dc1/pay: instance `pay-1` on node `vm-1`: it has several ports and none of them is the default: `port_name` says which; this endpoint is left out
+        consul:dc1/pay: instance `pay-1` on node `vm-1`: it has several ports and no default port: set `port_name` to choose one; this endpoint is left out
         consul:dc1/pay: instance `pay-1` on node `vm-1`: it is registered without a port, and `default_port` is not set; this endpoint is left out
         consul:dc1/pay: instance `pay-1` on node `vm-1`: it is registered without a port, and `default_port` is not set; this endpoint is left out
         10.1.0.1:9000 weight 1 healthy zone dc1 {"datacenter": "dc1", "node": "vm-1"}
@@ -396,7 +396,7 @@ fn tags_and_metadata_say_version_zone_protocol_and_weight() {
 
         10.1.0.1:8080 weight 4 healthy zone dc1 {"datacenter": "dc1", "node": "vm-1"}
         consul:dc1/pay: instance `pay-1` on node `vm-1`: `heavy` is not a weight: a number from 0 to 1000000; Consul's own weight counts
-        consul:dc1/pay: instance `pay-1` on node `vm-1`: `quic` is not a protocol that is known here; it is ignored
+        consul:dc1/pay: instance `pay-1` on node `vm-1`: `quic` is not a protocol that vmesh knows; it is ignored
 
         10.1.0.1:8080 weight 1 draining zone dc1 {"datacenter": "dc1", "node": "vm-1"}
 
@@ -471,5 +471,5 @@ fn instances_that_disagree_on_the_protocol_are_outvoted() {
     let shown = shown(&[&body], &InstanceRules::default());
     assert!(shown.starts_with("http\n"), "{shown}");
     let problem = shown.lines().last().unwrap();
-    expect!["consul:dc1/pay: its instances do not agree on the protocol (1 say `grpc`, 2 say `http`): `http` is taken; a `Service` document can say it"].assert_eq(problem);
+    expect!["consul:dc1/pay: its instances differ in protocol (1 say `grpc`, 2 say `http`): `http` is used; set `protocol` in a `Service` document to choose another"].assert_eq(problem);
 }

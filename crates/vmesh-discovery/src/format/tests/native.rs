@@ -329,14 +329,14 @@ fn a_file_that_is_not_a_service_is_refused_whole() {
             "\n\n",
             expect![[r#"
             ? FAILED
-            a.yaml: the file says nothing: if no service is meant, say so by `[]` or a comment
+            a.yaml: the file is empty: if it has no service on purpose, write `[]` or a comment
         "#]],
         ),
         (
             "---\n",
             expect![[r#"
             ? FAILED
-            a.yaml: the file says nothing: if no service is meant, say so by `[]` or a comment
+            a.yaml: the file is empty: if it has no service on purpose, write `[]` or a comment
         "#]],
         ),
         (
@@ -366,7 +366,7 @@ fn a_file_that_is_not_a_service_is_refused_whole() {
             expect![[r#"
                 native
                 a (a.yaml:2:3)
-                a.yaml:1:3: `service` is missing: in a file of several services each has to say its name
+                a.yaml:1:3: `service` is missing: in a file of several services each needs its name
             "#]],
         ),
         (
@@ -409,7 +409,7 @@ fn a_file_that_is_not_a_service_is_refused_whole() {
         "endpoints: [a:1]",
         expect![[r#"
         native FAILED
-        -bad-.yaml:1:1: `service` is missing, and the file's name cannot stand in for it: `-bad-` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit
+        -bad-.yaml:1:1: `service` is missing, and the name of the file cannot replace it: `-bad-` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit
     "#]],
     );
     check(
@@ -466,7 +466,7 @@ fn nothing_is_meant_only_if_it_is_said() {
         "\n \n",
         expect![[r#"
         ? FAILED
-        a: the file says nothing: if no service is meant, say so by `[]` or a comment
+        a: the file is empty: if it has no service on purpose, write `[]` or a comment
     "#]],
     );
     expect![[r#"

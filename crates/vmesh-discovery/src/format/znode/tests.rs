@@ -476,7 +476,7 @@ fn endpoints_that_differ_in_protocol_are_said() {
               10.1.0.1:80 weight 1 healthy
               10.1.0.2:80 weight 1 healthy
               10.1.0.3:443 weight 1 healthy
-            zk/pay: its endpoints differ in protocol (1 of tls, 2 of http): http is used for all; say it in a `Service` document, or by `map`
+            zk/pay: its endpoints differ in protocol (1 of tls, 2 of http): http is used for all; to choose another, set `protocol` in a `Service` document, or set `map`
         "#]],
     );
 }

@@ -73,9 +73,9 @@ fn a_source_that_loses_much_of_all_at_once_loses_nothing_until_that_is_accepted(
         "0: a 1+10; b 1+10; c 1+10\n100: a 1+5; b 1+5; c 1+5\n200:\n100000: a 1+5; b 1+5; c 1+5 50\n100001: accept\n100002: a 1+5; b 1+5; c 1+5",
         expect![[r#"
             0: a 1+10; b 1+10; c 1+10 => a 10, b 10, c 10
-            100: a 1+5; b 1+5; c 1+5 => a 10!, b 10!, c 10! (`file:services.d` names 15 of the 30 endpoints and 3 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
-            200:                     => a 10!, b 10!, c 10! (`file:services.d` names 15 of the 30 endpoints and 3 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
-            100000: a 1+5; b 1+5; c 1+5 50 => a 10!, b 10!, c 11! (`file:services.d` names 15 of the 30 endpoints and 3 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+            100: a 1+5; b 1+5; c 1+5 => a 10!, b 10!, c 10! (`file:services.d` lists 15 of the 30 endpoints and 3 of the 3 services that it listed within the last 1m: none of them is removed until it lists enough again or the operator accepts the loss)
+            200:                     => a 10!, b 10!, c 10! (`file:services.d` lists 15 of the 30 endpoints and 3 of the 3 services that it listed within the last 1m: none of them is removed until it lists enough again or the operator accepts the loss)
+            100000: a 1+5; b 1+5; c 1+5 50 => a 10!, b 10!, c 11! (`file:services.d` lists 15 of the 30 endpoints and 3 of the 3 services that it listed within the last 1m: none of them is removed until it lists enough again or the operator accepts the loss)
             100001: accept           => a 5, b 5, c 6
             100002: a 1+5; b 1+5; c 1+5 => a 5, b 5, c 6
         "#]],
@@ -86,7 +86,7 @@ fn a_source_that_loses_much_of_all_at_once_loses_nothing_until_that_is_accepted(
         "0: a 1+10; b 1+10; c 1+10\n100: a 1+5; b 1+5; c 1+5\n200: a 1+10; b 1+8; c 1+8\n209:\n210:",
         expect![[r#"
             0: a 1+10; b 1+10; c 1+10 => a 10, b 10, c 10
-            100: a 1+5; b 1+5; c 1+5 => a 10!, b 10!, c 10! (`file:services.d` names 15 of the 30 endpoints and 3 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+            100: a 1+5; b 1+5; c 1+5 => a 10!, b 10!, c 10! (`file:services.d` lists 15 of the 30 endpoints and 3 of the 3 services that it listed within the last 1m: none of them is removed until it lists enough again or the operator accepts the loss)
             200: a 1+10; b 1+8; c 1+8 => a 10, b 10, c 10
             209:                     => a 10, b 10, c 10
             210:                     => a 10, b 8, c 8
@@ -98,10 +98,10 @@ fn a_source_that_loses_much_of_all_at_once_loses_nothing_until_that_is_accepted(
         "0: a 1+10; b 1+10; c 1+10\n100: a 1+10\n101: failed\n1000: a 1+10\n2000: accept b\n2001: accept c\n2002: a 1+9\n2012:",
         expect![[r#"
             0: a 1+10; b 1+10; c 1+10 => a 10, b 10, c 10
-            100: a 1+10              => a 10, b 10!, c 10! (`file:services.d` names 10 of the 30 endpoints and 1 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
-            101: failed              => a 10, b 10!, c 10! (`file:services.d` names 10 of the 30 endpoints and 1 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
-            1000: a 1+10             => a 10, b 10!, c 10! (`file:services.d` names 10 of the 30 endpoints and 1 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
-            2000: accept b           => a 10, c 10! (`file:services.d` names 10 of the 30 endpoints and 1 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+            100: a 1+10              => a 10, b 10!, c 10! (`file:services.d` lists 10 of the 30 endpoints and 1 of the 3 services that it listed within the last 1m: none of them is removed until it lists enough again or the operator accepts the loss)
+            101: failed              => a 10, b 10!, c 10! (`file:services.d` lists 10 of the 30 endpoints and 1 of the 3 services that it listed within the last 1m: none of them is removed until it lists enough again or the operator accepts the loss)
+            1000: a 1+10             => a 10, b 10!, c 10! (`file:services.d` lists 10 of the 30 endpoints and 1 of the 3 services that it listed within the last 1m: none of them is removed until it lists enough again or the operator accepts the loss)
+            2000: accept b           => a 10, c 10! (`file:services.d` lists 10 of the 30 endpoints and 1 of the 3 services that it listed within the last 1m: none of them is removed until it lists enough again or the operator accepts the loss)
             2001: accept c           => a 10
             2002: a 1+9              => a 10
             2012:                    => a 9
@@ -119,7 +119,7 @@ fn small_steps_within_the_window_are_one_large_one_and_slow_ones_are_none() {
             100: a 1+7; b 1+10; c 1+10 => a 10, b 10, c 10
             115: a 1+7; b 1+7; c 1+10 => a 7, b 10, c 10
             130: a 1+7; b 1+7; c 1+7 => a 7, b 7, c 10
-            145: a 1+6; b 1+7; c 1+7 => a 7!, b 7, c 7 (`file:services.d` names 20 of the 30 endpoints and 3 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+            145: a 1+6; b 1+7; c 1+7 => a 7!, b 7, c 7 (`file:services.d` lists 20 of the 30 endpoints and 3 of the 3 services that it listed within the last 1m: none of them is removed until it lists enough again or the operator accepts the loss)
         "#]],
     );
     fleet(
@@ -187,7 +187,7 @@ fn services_that_are_gone_count_as_such_but_one_alone_is_judged_by_itself() {
             100: a 1+20; c 1; d 1    => a 20, b 1!, c 1, d 1
             130:                     => a 20, c 1, d 1
             200: a 1+20; c 1         => a 20, c 1, d 1!
-            201: a 1+20              => a 20, c 1!, d 1! (`file:services.d` names 20 of the 22 endpoints and 1 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+            201: a 1+20              => a 20, c 1!, d 1! (`file:services.d` lists 20 of the 22 endpoints and 1 of the 3 services that it listed within the last 1m: none of them is removed until it lists enough again or the operator accepts the loss)
         "#]],
     );
 }
@@ -199,11 +199,11 @@ fn a_small_source_that_loses_everything_is_held_too() {
         "0: a 1+3; b 1+2\n100: c\n200:\n210: a 1+3; b 1+2\n220:\n300: c\n400: accept",
         expect![[r#"
             0: a 1+3; b 1+2          => a 3, b 2
-            100: c                   => a 3!, b 2!, c 0 (`file:services.d` names 0 of the 5 endpoints and 0 of the 2 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
-            200:                     => a 3!, b 2!, c 0 (`file:services.d` names 0 of the 5 endpoints and 0 of the 2 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+            100: c                   => a 3!, b 2!, c 0 (`file:services.d` lists 0 of the 5 endpoints and 0 of the 2 services that it listed within the last 1m: none of them is removed until it lists enough again or the operator accepts the loss)
+            200:                     => a 3!, b 2!, c 0 (`file:services.d` lists 0 of the 5 endpoints and 0 of the 2 services that it listed within the last 1m: none of them is removed until it lists enough again or the operator accepts the loss)
             210: a 1+3; b 1+2        => a 3, b 2
             220:                     => a 3, b 2
-            300: c                   => a 3!, b 2!, c 0 (`file:services.d` names 0 of the 5 endpoints and 0 of the 2 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+            300: c                   => a 3!, b 2!, c 0 (`file:services.d` lists 0 of the 5 endpoints and 0 of the 2 services that it listed within the last 1m: none of them is removed until it lists enough again or the operator accepts the loss)
             400: accept              => c 0
         "#]],
     );

@@ -78,7 +78,7 @@ fn what_is_served_though_its_source_cannot_say_it_is_listed_and_can_be_accepted(
     let unread = ServiceView {
         extent: Extent::Nothing,
         state: State::Stale,
-        because: Some("Consul lists it, and shows no instance of it".into()),
+        because: Some("Consul lists this service and shows none of its instances".into()),
         ..known.clone()
     };
     let name: ServiceName = "pay".parse().unwrap();

@@ -206,7 +206,7 @@ fn a_directory_that_became_garbage_keeps_what_was_last_good() {
             pay (zk/s/pay) 10.0.0.1:80 10.0.0.2:80 STALE 2 of 2 records are bad, which is more than single mistakes
             service `pay`: zk/s/pay/1: its data is not JSON (Thrift's binary form is not read): expected value at line 1 column 1
             service `pay`: zk/s/pay/2: there is no port in it
-            service `pay`: zk/s/pay: 2 of 2 records are bad, which is more than single mistakes; what was known stays
+            service `pay`: zk/s/pay: 2 of 2 records are bad, which is more than single mistakes; the last good state stays in force
         "#]],
     );
     assert_eq!(reading.take_bad_records(), 2);
@@ -231,7 +231,7 @@ fn a_directory_without_records_is_no_service_so_that_the_guard_decides() {
     check(
         &reading,
         expect![[r#"
-        zk: zk/s: there is no such node: what comes there is seen as soon as it does
+        zk: zk/s: there is no such node; vmesh reads it as soon as it is created
     "#]],
     );
 }
@@ -247,7 +247,7 @@ fn a_format_is_told_once_and_kept() {
     check(
         &reading,
         expect![[r#"
-        zk: zk/s: what is there looks like no format that is known: set `format`
+        zk: zk/s: its nodes are in no format that vmesh recognises: set `format`
     "#]],
     );
     let known = then(&unknown, r#"pay/1 {"host":"10.0.0.1","port":80}"#);
@@ -398,7 +398,7 @@ fn services_are_chosen_by_their_names_and_misnamed_ones_cost_themselves() {
         &reading,
         expect![[r#"
         pay (zk/s/pay) 10.0.0.1:80
-        zk: zk/s/wow!: `wow!` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit; this service is left out, `exclude` takes it off this list
+        zk: zk/s/wow!: `wow!` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit; this service is left out; add it to `exclude` to hide this problem
     "#]],
     );
 }
@@ -446,13 +446,13 @@ fn what_cannot_be_read_after_a_restart_is_what_was_known_before() {
             shop restored STALE 1 of 1 records are bad, which is more than single mistakes
             team.a restored STALE it may not be read
             x restored STALE could not read /gone: not allowed
-            zk: zk/s/orders: it may not be read; what was known below it stays
-            zk: zk/s/team: it may not be read; what was known below it stays
+            zk: zk/s/orders: it may not be read; the last good state of the services below it stays in force
+            zk: zk/s/team: it may not be read; the last good state of the services below it stays in force
             service `pay`: zk/s/pay/1: its data is not JSON (Thrift's binary form is not read): expected value at line 1 column 1
-            service `pay`: zk/s/pay: 1 of 1 records are bad, which is more than single mistakes; what was known stays
+            service `pay`: zk/s/pay: 1 of 1 records are bad, which is more than single mistakes; the last good state stays in force
             service `com.acme.A`: zk/dubbo/com.acme.A/providers/dubbo%3A%2F%2F10.0.0.9%3A20880%2Fcom.acme.A%3Fapp%3Dshop: its URL names no `application`
-            service `com.acme.A`: zk/dubbo/com.acme.A/providers: 1 of 1 records are bad, which is more than single mistakes; what was known stays
-            zk: zk/gone: could not read /gone: not allowed; what was known stays
+            service `com.acme.A`: zk/dubbo/com.acme.A/providers: 1 of 1 records are bad, which is more than single mistakes; the last good state stays in force
+            zk: zk/gone: could not read /gone: not allowed; the last good state stays in force
         "#]],
     );
     assert!(after.unknown_root().is_none());
@@ -486,7 +486,7 @@ fn what_went_since_a_restart_does_not_come_back_when_something_cannot_be_read() 
     check(
         &after,
         expect![[r#"
-            zk: zk/s: could not read /s: not allowed; what was known stays
+            zk: zk/s: could not read /s: not allowed; the last good state stays in force
         "#]],
     );
 }

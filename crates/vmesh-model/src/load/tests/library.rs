@@ -23,19 +23,19 @@ fn the_last_good_version_of_a_bad_document_stays_in_force() {
     expect![[r#"
         Service orders [v1 v2] (mesh.d/orders.yaml:1:1)
         Route orders with 2 rules (mesh.d/orders.yaml:7:1)
-        mesh.d/orders.yaml:10:6: a `,` or `}` is missing here; what was last read of this file stays in force
+        mesh.d/orders.yaml:10:6: a `,` or `}` is missing here; the last good content of this file stays in force
     "#]]
     .assert_eq(&show(&mut library, &broken));
     expect![[r#"
         Service orders [v1 v2] (mesh.d/orders.yaml:1:1)
         Route orders with 2 rules (mesh.d/orders.yaml:7:1)
-        mesh.d/orders.yaml: the file is empty; what was last read of this file stays in force
+        mesh.d/orders.yaml: the file is empty; the last good content of this file stays in force
     "#]]
     .assert_eq(&show(&mut library, "== mesh.d/orders.yaml\n"));
     expect![[r#"
         Service orders [v1 v2] (mesh.d/orders.yaml:1:1)
         Route orders with 2 rules (mesh.d/orders.yaml:7:1)
-        mesh.d/orders.yaml: permission denied; what was last read of this file stays in force
+        mesh.d/orders.yaml: permission denied; the last good content of this file stays in force
     "#]]
     .assert_eq(&show(&mut library, "== mesh.d/orders.yaml\nunreadable: permission denied"));
     expect![[r#"
@@ -268,7 +268,7 @@ fn the_last_good_versions_outlive_a_restart() {
         Route orders with 2 rules (mesh.d/orders.yaml:7:1)
         mesh.d/orders.yaml:3:7: port 0 is not a port: 1 to 65535; its last good version stays in force
         mesh.d/orders.yaml:8:7: unknown kind `Rout`, did you mean `Route`? What was last read of this file stays in force
-        more.json:1:5: this `{` is closed by a `]`; what was last read of this file stays in force
+        more.json:1:5: this `{` is closed by a `]`; the last good content of this file stays in force
     "#]].assert_eq(&show(&mut after, &broken));
     assert_eq!(after.last_good(), before.last_good());
 }
