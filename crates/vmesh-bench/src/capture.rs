@@ -178,11 +178,13 @@ async fn start_inbound_hosts(site: &Site) -> Result<Vec<InboundHost>> {
     Ok(hosts)
 }
 
+/// The time for which changes are written at a steady rate.
+const STORM: Duration = Duration::from_secs(30);
+
 /// Measures the time from writing an endpoint to a file until the rule that captures it exists, and the cost
 /// for the host.
 async fn measure_changes(services: usize, endpoints: usize, per_second: u32) -> Result<()> {
     const CHANGES: usize = 30;
-    const STORM: Duration = Duration::from_secs(30);
     let write = |site: &Site, number: usize, extra: bool| {
         let all: Vec<_> = (0..endpoints + usize::from(extra))
             .map(|at| format!("\"10.{}.{}.{}:8080\"", 100 + number / 200, number % 200, at + 1))
@@ -194,17 +196,9 @@ async fn measure_changes(services: usize, endpoints: usize, per_second: u32) -> 
     (0..services).try_for_each(|number| write(&site, number, false))?;
     let mut vm =
         site.vm("many", Rules::Nft, "upstreams: [\"*\"]\ncapture: {outbound: {capture: addresses}}").await?;
-    let began = Instant::now();
-    vm.start_net()?;
-    wait_for("vmesh-net", Duration::from_secs(30), async || match vm.socket().exists() {
-        true => Ok(()),
-        false => Err("no socket"),
-    })
-    .await?;
-    vm.start_agent()?;
-    wait_until_captured(&vm, services * endpoints).await?;
+    let took = start_capturing(&mut vm, services * endpoints).await?;
     println!("{services} services of {endpoints} endpoints");
-    println!("start to captured              {:.1} s", began.elapsed().as_secs_f64());
+    println!("start to captured              {:.1} s", took.as_secs_f64());
     let daemons = [("vmesh-net", &vm.net), ("vmesh-agent", &vm.agent)];
     let cpu = || daemons.map(|(_, daemon)| daemon.as_ref().map_or(0.0, |daemon| cpu_seconds(daemon.pid())));
     let before = cpu();
@@ -229,28 +223,10 @@ async fn measure_changes(services: usize, endpoints: usize, per_second: u32) -> 
         );
     }
     let (began, before) = (Instant::now(), cpu());
-    let mut extra = vec![false; services];
-    let mut lapses = 0;
-    for at in 0.. {
-        let due = STORM.min(Duration::from_secs(1) * at / per_second.max(1));
-        if let Some(left) = due.checked_sub(began.elapsed()) {
-            tokio::time::sleep(left).await;
-        }
-        if due == STORM {
-            break;
-        }
-        // Consecutive changes affect different services.
-        let number = usize::try_from(at).unwrap_or_default() * 7 % services;
-        if let Some(extra) = extra.get_mut(number) {
-            *extra = !*extra;
-            write(&site, number, *extra)?;
-        }
-        if at % per_second.max(1) == 0 && !are_redirects_in_force(&vm).await? {
-            lapses += 1;
-        }
-    }
+    let (added, lapses) =
+        write_storm(&vm, services, per_second, |number, extra| write(&site, number, extra)).await?;
     let wrote = began.elapsed();
-    wait_until_captured(&vm, services * endpoints + extra.iter().filter(|extra| **extra).count()).await?;
+    wait_until_captured(&vm, services * endpoints + added).await?;
     println!(
         "{per_second} a second for {:.0} s: all in force {} ms after the last; the dead-man had lapsed in {lapses} of {} looks",
         wrote.as_secs_f64(),
@@ -269,6 +245,52 @@ async fn measure_changes(services: usize, endpoints: usize, per_second: u32) -> 
         println!("{name:<14} idle: {:.2} % of a core", (after - before) / 20.0 * 100.0);
     }
     Ok(())
+}
+
+/// Starts the daemons of `vm` and waits until `addresses` are captured. Returns the time that this took.
+async fn start_capturing(vm: &mut Vm, addresses: usize) -> Result<Duration> {
+    let began = Instant::now();
+    vm.start_net()?;
+    wait_for("vmesh-net", Duration::from_secs(30), async || match vm.socket().exists() {
+        true => Ok(()),
+        false => Err("no socket"),
+    })
+    .await?;
+    vm.start_agent()?;
+    wait_until_captured(vm, addresses).await?;
+    Ok(began.elapsed())
+}
+
+/// Adds or removes an endpoint of one service after another for [`STORM`]. Returns the number of endpoints that are
+/// added at the end, and the number of seconds in which the redirects had lapsed.
+async fn write_storm(
+    vm: &Vm,
+    services: usize,
+    per_second: u32,
+    write: impl Fn(usize, bool) -> Result<()>,
+) -> Result<(usize, u32)> {
+    let began = Instant::now();
+    let mut extra = vec![false; services];
+    let mut lapses = 0;
+    for at in 0.. {
+        let due = STORM.min(Duration::from_secs(1) * at / per_second.max(1));
+        if let Some(left) = due.checked_sub(began.elapsed()) {
+            tokio::time::sleep(left).await;
+        }
+        if due == STORM {
+            break;
+        }
+        // Consecutive changes affect different services.
+        let number = usize::try_from(at).unwrap_or_default() * 7 % services;
+        if let Some(extra) = extra.get_mut(number) {
+            *extra = !*extra;
+            write(number, *extra)?;
+        }
+        if at % per_second.max(1) == 0 && !are_redirects_in_force(vm).await? {
+            lapses += 1;
+        }
+    }
+    Ok((extra.iter().filter(|extra| **extra).count(), lapses))
 }
 
 /// Reports whether redirects are in force and the agent sends heartbeats.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_TYPE, HOST};
+use http::response::Parts;
 use http::{HeaderMap, HeaderValue, Method, Request, Version};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
@@ -398,23 +399,8 @@ impl Client {
             self.0.counters.requests.fetch_add(1, Ordering::Relaxed);
             let is_http2 = matches!(lease, Lease::Http2(_));
             let request = request(method, &pool.address, &target, body.clone(), token.as_ref(), is_http2)?;
-            let sent = async {
-                match &mut lease {
-                    Lease::Http1 { sender, .. } => sender.send_request(request).await,
-                    Lease::Http2(stream) => {
-                        let mut sender = stream.sender();
-                        sender.ready().await?;
-                        sender.send_request(request).await
-                    }
-                }
-            };
-            let whole = async {
-                let response = sent.await.map_err(ExchangeFailure::BeforeResponse)?;
-                let (parts, body) = response.into_parts();
-                Ok((parts, read_body(body, &self.0.large_bodies).await.map_err(ExchangeFailure::InBody)?))
-            };
             let outcome = tokio::select! {
-                outcome = timeout(within, whole) => outcome,
+                outcome = timeout(within, self.send(&mut lease, request)) => outcome,
                 Ok(()) = abandoned.changed(), if may_abandon => {
                     return Err(ErrorKind::Unreachable("the client has turned to another server since".to_owned()));
                 }
@@ -442,6 +428,27 @@ impl Client {
                 Err(_) => Err(ErrorKind::Timeout(within)),
             };
         }
+    }
+
+    /// Sends a request and reads its whole answer.
+    async fn send(
+        &self,
+        lease: &mut Lease,
+        request: Request<Full<Bytes>>,
+    ) -> Result<(Parts, Body), ExchangeFailure> {
+        let response = match lease {
+            Lease::Http1 { sender, .. } => sender.send_request(request).await,
+            Lease::Http2(stream) => {
+                let mut sender = stream.sender();
+                match sender.ready().await {
+                    Ok(()) => sender.send_request(request).await,
+                    Err(error) => Err(error),
+                }
+            }
+        };
+        let (parts, body) = response.map_err(ExchangeFailure::BeforeResponse)?.into_parts();
+        let body = read_body(body, &self.0.large_bodies).await.map_err(ExchangeFailure::InBody)?;
+        Ok((parts, body))
     }
 
     fn target(&self, path: &str, query: &Query) -> String {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use vmesh_api::{Cluster, Explanation, Hop, ListedProblem, NodeState, ServiceEndpoint, Setting};
 use vmesh_catalog::World;
 use vmesh_compile::effective::EffectiveSettings;
-use vmesh_compile::{CompiledClass, NodeClass, NodeConfig};
+use vmesh_compile::{CompiledClass, NodeClass, NodeConfig, Shape};
 use vmesh_model::document::{self, Match, OnLoss, PathMatch, PlacedDocument, Retry, Rule, TextMatch};
 use vmesh_model::node::{Client, Upstreams};
 use vmesh_model::text::show_duration;
@@ -66,26 +66,7 @@ pub(crate) fn explain(
     let names: BTreeSet<ServiceName> =
         std::iter::once(service.clone()).chain(shape.references.iter().cloned()).collect();
     let clusters: Vec<_> = names.iter().flat_map(|name| describe_clusters(world, name, &caller)).collect();
-    let usable = |health: Health| matches!(health, Health::Unknown | Health::Healthy);
-    let endpoints = world.endpoints(service);
-    let obstacle = if !declared {
-        Some(format!("`{}` does not declare `{service}` among its upstreams", report.name))
-    } else if node.state == NodeState::Offline {
-        Some(format!(
-            "`{}` is offline: its proxy continues with the last configuration it received",
-            report.name
-        ))
-    } else if node.state == NodeState::Rejected {
-        Some(format!("`{}` rejected its configuration and continues with the previous one", report.name))
-    } else if endpoints.is_empty() && shape.references.is_empty() {
-        Some("it has no endpoint: requests fail with 503".to_owned())
-    } else if !endpoints.is_empty() && !endpoints.iter().any(|endpoint| usable(endpoint.health)) {
-        Some("none of its endpoints is healthy: Envoy tries them all the same".to_owned())
-    } else if report.client == Client::Envoy && listeners.is_empty() {
-        Some(format!("`{}` has no port for it: give the upstream a `listen`", report.name))
-    } else {
-        None
-    };
+    let obstacle = find_obstacle(world, report, service, shape, node.state, declared, listeners.is_empty());
     let concerns = |place: &str| {
         place.contains(&format!("`{service}`")) || place.contains(&format!("`{}`", report.name))
     };
@@ -112,6 +93,38 @@ pub(crate) fn explain(
         settings: describe_settings(world, service, &caller, &shape.effective),
         problems,
     })
+}
+
+/// Returns the first reason why requests of the node to the service fail or may be outdated, or `None`.
+fn find_obstacle(
+    world: &World,
+    report: &NodeReport,
+    service: &ServiceName,
+    shape: &Shape,
+    state: NodeState,
+    is_declared: bool,
+    has_no_listener: bool,
+) -> Option<String> {
+    let usable = |health: Health| matches!(health, Health::Unknown | Health::Healthy);
+    let endpoints = world.endpoints(service);
+    if !is_declared {
+        Some(format!("`{}` does not declare `{service}` among its upstreams", report.name))
+    } else if state == NodeState::Offline {
+        Some(format!(
+            "`{}` is offline: its proxy continues with the last configuration it received",
+            report.name
+        ))
+    } else if state == NodeState::Rejected {
+        Some(format!("`{}` rejected its configuration and continues with the previous one", report.name))
+    } else if endpoints.is_empty() && shape.references.is_empty() {
+        Some("it has no endpoint: requests fail with 503".to_owned())
+    } else if !endpoints.is_empty() && !endpoints.iter().any(|endpoint| usable(endpoint.health)) {
+        Some("none of its endpoints is healthy: Envoy tries them all the same".to_owned())
+    } else if report.client == Client::Envoy && has_no_listener {
+        Some(format!("`{}` has no port for it: give the upstream a `listen`", report.name))
+    } else {
+        None
+    }
 }
 
 /// Returns the addresses on which the node's Envoy listens for `service`: those declared, except rejected

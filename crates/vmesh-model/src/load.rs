@@ -233,23 +233,8 @@ impl Library {
     pub fn update(&mut self, files: &[DocumentFile<'_>]) -> (Arc<Documents>, Vec<Problem>) {
         let mut problems = self.key_sets.update(files);
         self.read(files);
-        let mut claims: BTreeMap<&DocumentId, Vec<&DocumentCandidate>> = BTreeMap::new();
-        for candidate in self.files.values().flat_map(|contents| &contents.documents) {
-            claims.entry(&candidate.id).or_default().push(candidate);
-        }
-        let mut claimed: BTreeMap<&DocumentId, &DocumentCandidate> = BTreeMap::new();
-        for (id, candidates) in claims {
-            // A later document must not replace one of the same name that is in force.
-            let incumbent = self.good.get(id).map(|version| &version.kept.file);
-            let stayed = candidates.iter().find(|candidate| Some(&candidate.place.file) == incumbent);
-            let Some(counts) = stayed.or(candidates.first()) else { continue };
-            for other in candidates.iter().filter(|other| !std::ptr::eq(**other, *counts)) {
-                let message = format!("a second {id}: the one at {} counts", counts.place);
-                problems.push(Problem::new(other.place.clone(), id.to_string(), message));
-            }
-            claimed.insert(id, counts);
-        }
-
+        let (claimed, duplicates) = self.settle_claims();
+        problems.extend(duplicates);
         let mut chosen: BTreeMap<DocumentId, Arc<DocumentVersion>> = BTreeMap::new();
         for (id, candidate) in &claimed {
             if let Some(version) = candidate.version.as_ref().ok().or(self.good.get(*id)) {
@@ -301,6 +286,28 @@ impl Library {
             self.current = Arc::new(documents);
         }
         (self.current.clone(), problems)
+    }
+
+    /// Returns the document that counts for each id, and a problem for every other document of the same id.
+    fn settle_claims(&self) -> (BTreeMap<&DocumentId, &DocumentCandidate>, Vec<Problem>) {
+        let mut problems = Vec::new();
+        let mut claims: BTreeMap<&DocumentId, Vec<&DocumentCandidate>> = BTreeMap::new();
+        for candidate in self.files.values().flat_map(|contents| &contents.documents) {
+            claims.entry(&candidate.id).or_default().push(candidate);
+        }
+        let mut claimed: BTreeMap<&DocumentId, &DocumentCandidate> = BTreeMap::new();
+        for (id, candidates) in claims {
+            // A later document must not replace one of the same name that is in force.
+            let incumbent = self.good.get(id).map(|version| &version.kept.file);
+            let stayed = candidates.iter().find(|candidate| Some(&candidate.place.file) == incumbent);
+            let Some(counts) = stayed.or(candidates.first()) else { continue };
+            for other in candidates.iter().filter(|other| !std::ptr::eq(**other, *counts)) {
+                let message = format!("a second {id}: the one at {} counts", counts.place);
+                problems.push(Problem::new(other.place.clone(), id.to_string(), message));
+            }
+            claimed.insert(id, counts);
+        }
+        (claimed, problems)
     }
 
     /// Parses the files that changed.

@@ -259,18 +259,10 @@ impl HolderTask {
                     self.is_old = true;
                     return SessionEnd::Because(self.lost("ended: its server is older than 3.5"));
                 }
-                Ok(Err(error)) => {
-                    // The session is alive, but the server rejects the request.
-                    self.publish_waiting(&Error::request("hold", &self.spec.path, &error));
-                    let wait = self.pause();
-                    if self.process_commands_until(sleep(wait)).await.is_none() {
-                        return SessionEnd::Withdrawn;
-                    }
-                    if Secrets::read(&self.config).await.is_ok_and(|now| now != secrets) {
-                        return SessionEnd::Because(self.lost("ended, to begin with other credentials"));
-                    }
-                    continue;
-                }
+                Ok(Err(error)) => match self.wait_after_rejection(&error, &secrets).await {
+                    Some(end) => return end,
+                    None => continue,
+                },
                 Err(state) => state,
             };
             match state {
@@ -295,6 +287,18 @@ impl HolderTask {
                 }
             }
         }
+    }
+
+    /// Waits after the server rejected a request, while the session is alive. Returns the end of the session if the
+    /// node is withdrawn meanwhile, or if the credentials changed.
+    async fn wait_after_rejection(&mut self, error: &zk::Error, secrets: &Secrets) -> Option<SessionEnd> {
+        self.publish_waiting(&Error::request("hold", &self.spec.path, error));
+        let wait = self.pause();
+        if self.process_commands_until(sleep(wait)).await.is_none() {
+            return Some(SessionEnd::Withdrawn);
+        }
+        let has_changed = Secrets::read(&self.config).await.is_ok_and(|now| now != *secrets);
+        has_changed.then(|| SessionEnd::Because(self.lost("ended, to begin with other credentials")))
     }
 
     /// Creates the node if needed and waits until it may no longer exist as specified, or until it is

@@ -114,28 +114,8 @@ pub(crate) fn show(status: &Status) -> (String, bool) {
     let ports: Vec<_> = inbound.ports.iter().map(ToString::to_string).collect();
     line("inbound", format!("{inward}{}{}", if ports.is_empty() { "" } else { ": " }, ports.join(", ")));
     line("rules by", status.backend.clone().unwrap_or_else(|| "nothing that works here".to_owned()));
-    line(
-        "envoy",
-        match status.envoy {
-            EnvoyHealth::Unknown => "not looked at: nothing is captured",
-            EnvoyHealth::Other => "in a way that this version does not know",
-            EnvoyHealth::Well => "takes what is captured",
-            EnvoyHealth::Gone => "GONE: nobody listens at its capture ports",
-            EnvoyHealth::WrongUser => "GONE: another user's program listens at its capture ports",
-            EnvoyHealth::Hangs => "HANGS: its capture ports are open, and nobody serves them",
-        }
-        .to_owned(),
-    );
-    line(
-        "redirects",
-        match status.redirects {
-            RedirectState::None => "none that could lapse",
-            RedirectState::Other => "in a way that this version does not know",
-            RedirectState::Hold => "hold",
-            RedirectState::Lapsed => "LAPSED: new connections go past Envoy where `on_loss: open` allows it",
-        }
-        .to_owned(),
-    );
+    line("envoy", describe_envoy(status.envoy).to_owned());
+    line("redirects", describe_redirects(status.redirects).to_owned());
     line("connections", format!("{} open through a redirect", status.connections));
     let silent = status.agent_silent_for;
     line(
@@ -168,6 +148,26 @@ pub(crate) fn show(status: &Status) -> (String, bool) {
         || matches!(status.envoy, EnvoyHealth::Gone | EnvoyHealth::WrongUser | EnvoyHealth::Hangs)
         || matches!(status.state, State::Bypassed | State::Trial);
     (text, attention)
+}
+
+fn describe_envoy(health: EnvoyHealth) -> &'static str {
+    match health {
+        EnvoyHealth::Unknown => "not looked at: nothing is captured",
+        EnvoyHealth::Other => "in a way that this version does not know",
+        EnvoyHealth::Well => "takes what is captured",
+        EnvoyHealth::Gone => "GONE: nobody listens at its capture ports",
+        EnvoyHealth::WrongUser => "GONE: another user's program listens at its capture ports",
+        EnvoyHealth::Hangs => "HANGS: its capture ports are open, and nobody serves them",
+    }
+}
+
+fn describe_redirects(state: RedirectState) -> &'static str {
+    match state {
+        RedirectState::None => "none that could lapse",
+        RedirectState::Other => "in a way that this version does not know",
+        RedirectState::Hold => "hold",
+        RedirectState::Lapsed => "LAPSED: new connections go past Envoy where `on_loss: open` allows it",
+    }
 }
 
 /// Runs the bypass script and returns its output.

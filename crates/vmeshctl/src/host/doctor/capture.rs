@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use vmesh_net::protocol::{EnvoyHealth, RedirectState, State, is_step, would_change};
+use vmesh_net::protocol::{EnvoyHealth, RedirectState, State, Status, is_step, would_change};
 
 use super::facts::{Facts, HostCommand, Outline};
 use super::{Finding, RootCause, Skip, Verdict, by_hand, run, warning, wrong};
@@ -18,11 +18,14 @@ fn captures(facts: &Facts) -> Result<&Outline, Skip> {
     if outline.captures() { Ok(outline) } else { Err(Skip::NotApplicable) }
 }
 
+/// The effect of missing rules.
+const PAST_ENVOY: &str =
+    "connections go past Envoy to where they are made to; names of the mesh mean the endpoints themselves";
+
 /// D16: the rules are as desired.
 pub(super) fn rules(facts: &Facts) -> Verdict {
     captures(facts)?;
     let mut found = Vec::new();
-    let past = "connections go past Envoy to where they are made to; names of the mesh mean the endpoints themselves";
     let status = match &facts.net {
         Ok(status) => status,
         Err(why) => {
@@ -30,8 +33,12 @@ pub(super) fn rules(facts: &Facts) -> Verdict {
             let there = facts.out(HostCommand::Rules).map(|rules| rules.contains("table inet vmesh {"));
             return match there {
                 Ok(false) => Ok(vec![
-                    wrong("the rules of capture are not there", past, run("systemctl restart vmesh-net"))
-                        .follows(&[RootCause::Net, RootCause::Envoy]),
+                    wrong(
+                        "the rules of capture are not there",
+                        PAST_ENVOY,
+                        run("systemctl restart vmesh-net"),
+                    )
+                    .follows(&[RootCause::Net, RootCause::Envoy]),
                 ]),
                 _ if is_up(facts) && !why.contains("ermission denied") => Ok(vec![
                     wrong(
@@ -46,16 +53,41 @@ pub(super) fn rules(facts: &Facts) -> Verdict {
         }
     };
     if status.state == State::Bypassed {
-        let finding = wrong("this host is out of the mesh, by its bypass", past, run("vmeshctl bypass off"));
+        let finding =
+            wrong("this host is out of the mesh, by its bypass", PAST_ENVOY, run("vmeshctl bypass off"));
         return Ok(vec![finding.marked_as(RootCause::Bypass)]);
     }
     if let Some(error) = &status.error {
         found.push(wrong(
             format!("the rules are not as they are wanted: {error}"),
-            past,
+            PAST_ENVOY,
             by_hand("`journalctl -u vmesh-net -n 50` says what was tried"),
         ));
     }
+    add_trial(status, &mut found);
+    if status.state == State::Off && status.error.is_none() && status.reverted.is_none() {
+        found.push(
+            wrong(
+                "nothing is captured, although agent.yaml says that something is to be",
+                PAST_ENVOY,
+                by_hand("the agent captures what Envoy has accepted: `vmeshctl capture` and D9, D26 say what is missing"),
+            )
+            .follows(&[RootCause::Envoy, RootCause::Agent, RootCause::ControlPlane]),
+        );
+    }
+    add_drift(facts, status, &mut found);
+    for note in status.notes.iter().filter(|note| status.path_fault.as_ref() != Some(note)) {
+        found.push(warning(
+            format!("a part of `capture` has no effect on this host: {note}"),
+            "the rest is captured as it is configured",
+            by_hand("mend it in /etc/vmesh/agent.yaml, then `systemctl restart vmesh-agent`"),
+        ));
+    }
+    Ok(found)
+}
+
+/// Adds the findings about a change that is on trial or was rolled back.
+fn add_trial(status: &Status, found: &mut Vec<Finding>) {
     if let Some(why) = &status.reverted {
         found.push(wrong(
             format!("a change of what is captured was taken back: {why}"),
@@ -71,16 +103,10 @@ pub(super) fn rules(facts: &Facts) -> Verdict {
             run("vmeshctl capture confirm"),
         ));
     }
-    if status.state == State::Off && status.error.is_none() && status.reverted.is_none() {
-        found.push(
-            wrong(
-                "nothing is captured, although agent.yaml says that something is to be",
-                past,
-                by_hand("the agent captures what Envoy has accepted: `vmeshctl capture` and D9, D26 say what is missing"),
-            )
-            .follows(&[RootCause::Envoy, RootCause::Agent, RootCause::ControlPlane]),
-        );
-    }
+}
+
+/// Adds the findings about rules that differ from the wanted ones, now or recently.
+fn add_drift(facts: &Facts, status: &Status, found: &mut Vec<Finding>) {
     if let Ok(plan) = &facts.plan
         && would_change(plan)
         && status.error.is_none()
@@ -102,14 +128,6 @@ pub(super) fn rules(facts: &Facts) -> Verdict {
             by_hand("let it load its rules without `flush ruleset`, or less often; the finding goes away after an hour"),
         ));
     }
-    for note in status.notes.iter().filter(|note| status.path_fault.as_ref() != Some(note)) {
-        found.push(warning(
-            format!("a part of `capture` has no effect on this host: {note}"),
-            "the rest is captured as it is configured",
-            by_hand("mend it in /etc/vmesh/agent.yaml, then `systemctl restart vmesh-agent`"),
-        ));
-    }
-    Ok(found)
 }
 
 fn is_up(facts: &Facts) -> bool {

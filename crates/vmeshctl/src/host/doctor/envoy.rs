@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde_json::Value;
 
 use super::facts::{Facts, HttpQuery};
-use super::{RootCause, Skip, Verdict, by_hand, run, warning, wrong};
+use super::{Finding, RootCause, Skip, Verdict, by_hand, run, warning, wrong};
 
 const OLDEST: (u32, u32) = (1, 36);
 const NEWEST: (u32, u32) = (1, 40);
@@ -137,39 +137,7 @@ pub(super) fn live(facts: &Facts) -> Verdict {
     };
     let state = status.get("state").and_then(Value::as_str).unwrap_or("unknown");
     if state != "live" {
-        let why =
-            status.get("reason").and_then(Value::as_str).map(|why| format!(": {why}")).unwrap_or_default();
-        let (effect, fix) = match state {
-            "waiting" => (
-                "Envoy has not been told what to serve yet: no request of this host goes through the mesh",
-                by_hand("a control plane has to answer once: see D9"),
-            ),
-            "silent" => (
-                "Envoy may serve nothing; it is killed and started again after `envoy.hung_after`",
-                run("systemctl restart vmesh-envoy"),
-            ),
-            _ if ["cannot be run on this machine", "is no Envoy"]
-                .iter()
-                .any(|unusable| why.contains(unusable)) =>
-            {
-                (
-                    "no request of this host goes through the mesh",
-                    by_hand(
-                        "put an Envoy for this machine (`uname -m`) at `envoy.path`; it is started within seconds",
-                    ),
-                )
-            }
-            _ => (
-                "no request of this host goes through the mesh",
-                by_hand("`journalctl -u vmesh-envoy -n 50` says why"),
-            ),
-        };
-        let finding = wrong(format!("Envoy is {state}{why}"), effect, fix);
-        found.push(finding.marked_as(RootCause::Envoy).follows(&[
-            RootCause::Envoy,
-            RootCause::Agent,
-            RootCause::ControlPlane,
-        ]));
+        found.push(not_live(status, state));
     }
     let restarts = status.get("restarts").and_then(Value::as_u64).unwrap_or_default();
     let since = status.get("since").and_then(Value::as_u64).unwrap_or_default();
@@ -184,6 +152,42 @@ pub(super) fn live(facts: &Facts) -> Verdict {
         ));
     }
     Ok(found)
+}
+
+/// Returns the finding about an Envoy in a state other than `live`.
+fn not_live(status: &Value, state: &str) -> Finding {
+    let why = status.get("reason").and_then(Value::as_str).map(|why| format!(": {why}")).unwrap_or_default();
+    let (effect, fix) = match state {
+        "waiting" => (
+            "Envoy has not been told what to serve yet: no request of this host goes through the mesh",
+            by_hand("a control plane has to answer once: see D9"),
+        ),
+        "silent" => (
+            "Envoy may serve nothing; it is killed and started again after `envoy.hung_after`",
+            run("systemctl restart vmesh-envoy"),
+        ),
+        _ if ["cannot be run on this machine", "is no Envoy"]
+            .iter()
+            .any(|unusable| why.contains(unusable)) =>
+        {
+            (
+                "no request of this host goes through the mesh",
+                by_hand(
+                    "put an Envoy for this machine (`uname -m`) at `envoy.path`; it is started within seconds",
+                ),
+            )
+        }
+        _ => (
+            "no request of this host goes through the mesh",
+            by_hand("`journalctl -u vmesh-envoy -n 50` says why"),
+        ),
+    };
+    let finding = wrong(format!("Envoy is {state}{why}"), effect, fix);
+    finding.marked_as(RootCause::Envoy).follows(&[
+        RootCause::Envoy,
+        RootCause::Agent,
+        RootCause::ControlPlane,
+    ])
 }
 
 /// D26: Envoy has rejected nothing.

@@ -1,6 +1,6 @@
 //! D1 to D7: the machine, its units, disks, memory and clock.
 
-use super::facts::{AgentConfig, Facts, HostCommand, HttpQuery, Outline, last_line};
+use super::facts::{AgentConfig, Facts, HostCommand, HttpQuery, Outline, Unit, last_line};
 use super::{Finding, RootCause, Skip, Verdict, by_hand, run, warning, wrong};
 
 /// The kernel of Ubuntu 22.04, the oldest system that the packages support.
@@ -160,6 +160,21 @@ fn check_unit(
         found.push(if state == "active" { finding } else { finding.marked_as(root) });
         return Ok(());
     }
+    check_unit_state(facts, unit, name, root, effect, found);
+    Ok(())
+}
+
+/// Adds the finding about the state of an installed unit that does not restart again and again.
+fn check_unit_state(
+    facts: &Facts,
+    unit: Unit<'_>,
+    name: &str,
+    root: RootCause,
+    effect: &str,
+    found: &mut Vec<Finding>,
+) {
+    let (state, result) = (unit.get("ActiveState"), unit.get("Result"));
+    let short = name.trim_end_matches(".service");
     match (state, root) {
             ("active" | "reloading", RootCause::Agent) => {
                 if let Err(why) = facts.answer(HttpQuery::Agent) {
@@ -200,7 +215,6 @@ fn check_unit(
                 });
             }
         }
-    Ok(())
 }
 
 /// Reports whether Envoy fails to start according to its supervisor, rather than waiting for a configuration.

@@ -213,6 +213,9 @@ pub(super) fn age(facts: &Facts) -> Verdict {
     }
 }
 
+/// The effect of names that the host's resolver does not find.
+const NAMES_LOST: &str = "applications that dial names of the mesh do not find them";
+
 /// D36: the host's programs find the names of the mesh.
 pub(super) fn names(facts: &Facts) -> Verdict {
     let outline = facts.outline()?;
@@ -220,11 +223,10 @@ pub(super) fn names(facts: &Facts) -> Verdict {
     let names = &facts.names;
     let suffix = &outline.suffix;
     let mut found = Vec::new();
-    let lost = "applications that dial names of the mesh do not find them";
     if let Some(Err(why)) = &names.answered {
         let finding = wrong(
             format!("the agent does not answer names at {server}: {why}"),
-            lost,
+            NAMES_LOST,
             run("systemctl restart vmesh-agent"),
         );
         found.push(finding.follows(&[RootCause::Agent]));
@@ -252,7 +254,7 @@ pub(super) fn names(facts: &Facts) -> Verdict {
                 "the host's resolver ({}) is not told to ask the agent for names below {suffix}",
                 names.resolver
             ),
-            lost,
+            NAMES_LOST,
             run("vmeshctl dns enable"),
         ));
         return Ok(found);
@@ -263,22 +265,29 @@ pub(super) fn names(facts: &Facts) -> Verdict {
                 "the host's resolver ({}) is told to ask for another zone, or at another address, than {suffix} at {server}",
                 names.resolver
             ),
-            lost,
+            NAMES_LOST,
             run("vmeshctl dns enable"),
         ));
         return Ok(found);
     }
+    found.extend(resolver_answer(facts, asked)?);
+    Ok(found)
+}
+
+/// Compares the resolver's answer for the mesh's name `name` with the addresses that the agent answers.
+fn resolver_answer(facts: &Facts, name: &str) -> Verdict {
+    let mut found = Vec::new();
     let ran = facts.ran(HostCommand::Resolve)?;
-    let said: Vec<IpAddr> =
+    let resolved: Vec<IpAddr> =
         ran.out.lines().filter_map(|line| line.split_whitespace().next()?.parse().ok()).collect();
-    let known = names.all.get(asked).map(Vec::as_slice).unwrap_or_default();
-    if said.is_empty() {
+    let known = facts.names.all.get(name).map(Vec::as_slice).unwrap_or_default();
+    if resolved.is_empty() {
         found.push(
             wrong(
-                format!("{asked} is not found by the host's resolver ({})", names.resolver),
-                lost,
+                format!("{name} is not found by the host's resolver ({})", facts.names.resolver),
+                NAMES_LOST,
                 // Restart the resolver that the wiring belongs to. `names.resolver` may be another one.
-                run(match names.wired.as_deref().unwrap_or_default() {
+                run(match facts.names.wired.as_deref().unwrap_or_default() {
                     wired if wired.contains("dnsmasq") => "systemctl restart dnsmasq",
                     wired if wired.contains("resolved") || wired.contains("dns-delegate") => {
                         "systemctl restart systemd-resolved"
@@ -288,10 +297,10 @@ pub(super) fn names(facts: &Facts) -> Verdict {
             )
             .follows(&[RootCause::Agent]),
         );
-    } else if !known.is_empty() && !said.iter().any(|address| known.contains(address)) {
+    } else if !known.is_empty() && !resolved.iter().any(|address| known.contains(address)) {
         let list = |all: &[IpAddr]| all.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         found.push(warning(
-            format!("{asked} is found as {}, and is {}", list(&said), list(known)),
+            format!("{name} is found as {}, and is {}", list(&resolved), list(known)),
             "somebody else answers for it, or an old answer is kept; connections go there",
             by_hand(
                 "`resolvectl flush-caches`; then `getent ahosts`, /etc/hosts, and who else answers for it",
