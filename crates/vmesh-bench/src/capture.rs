@@ -370,8 +370,8 @@ fn measure(path: &NetworkPath<'_>, clients: usize, span: Duration, keep: bool) -
     let took = began.elapsed();
     let mut times = Vec::new();
     for thread in threads {
-        let seen = thread.join().map_err(|_| Failed::new("a client panicked"))?;
-        times.extend(seen.map_err(|error| Failed::new(format!("{}: {error}", path.name)))?);
+        let outcome = thread.join().map_err(|_| Failed::new("a client panicked"))?;
+        times.extend(outcome.map_err(|error| Failed::new(format!("{}: {error}", path.name)))?);
     }
     times.sort_unstable();
     let at = |share: f64| times.get((times.len() as f64 * share) as usize).copied().unwrap_or_default();

@@ -92,7 +92,7 @@ async fn run(options: &FleetOptions) -> Result<()> {
         us(base.cpu_per_push)
     );
     println!("\n                                  p50          p99");
-    println!("file written to seen      {}", control.seen.row());
+    println!("file written to seen      {}", control.detected.row());
     println!("file written to last ACK  {}", control.end_to_end.row());
     println!("change to last ACK        {}", control.fan_out.row());
     println!("baseline, write only      {}", base.fan_out.row());
@@ -120,7 +120,7 @@ struct ControlPlaneCost {
     pushes_per_change: f64,
     encodings_per_change: f64,
     cpu_per_push: Duration,
-    seen: Times,
+    detected: Times,
     end_to_end: Times,
     fan_out: Times,
 }
@@ -149,12 +149,12 @@ async fn measure_control_plane(options: &FleetOptions) -> Result<ControlPlaneCos
     }
     let before = read_counters(&mesh).await?;
     let cpu = cpu_of(mesh.control.pid())?;
-    let (mut seen, mut end_to_end, mut fan_out) = (Times::default(), Times::default(), Times::default());
+    let (mut detected, mut end_to_end, mut fan_out) = (Times::default(), Times::default(), Times::default());
     for round in 0..options.size.changes {
         let taken = apply_change(&mesh, &mut fleet, round + 3).await?;
-        seen.0.push(duration_between(taken.written, taken.seen));
+        detected.0.push(duration_between(taken.written, taken.detected));
         end_to_end.0.push(duration_between(taken.written, taken.last_ack));
-        fan_out.0.push(duration_between(taken.seen, taken.last_ack));
+        fan_out.0.push(duration_between(taken.detected, taken.last_ack));
     }
     let cpu = cpu_of(mesh.control.pid())? - cpu;
     let after = read_counters(&mesh).await?;
@@ -172,7 +172,7 @@ async fn measure_control_plane(options: &FleetOptions) -> Result<ControlPlaneCos
         pushes_per_change: pushes / options.size.changes as f64,
         encodings_per_change: (after.encodings - before.encodings) / options.size.changes as f64,
         cpu_per_push: cpu.div_f64(pushes),
-        seen,
+        detected,
         end_to_end,
         fan_out,
     })
@@ -214,7 +214,7 @@ async fn measure_resume(mesh: &Mesh, fleet: &Fleet, nodes: usize) -> Result<Resu
 
 struct ChangeTimes {
     written: SystemTime,
-    seen: SystemTime,
+    detected: SystemTime,
     last_ack: SystemTime,
 }
 
@@ -224,8 +224,8 @@ async fn apply_change(mesh: &Mesh, fleet: &mut Fleet, round: usize) -> Result<Ch
     let written = SystemTime::now();
     mesh.change_file(0, 2 + round % 50)?;
     let last_ack = fleet.wait_until_all_acked(BOUND).await?;
-    let seen = mesh.api.metric("vmesh_last_change_timestamp_seconds").await?;
-    Ok(ChangeTimes { written, seen: UNIX_EPOCH + Duration::from_secs_f64(seen), last_ack })
+    let detected = mesh.api.metric("vmesh_last_change_timestamp_seconds").await?;
+    Ok(ChangeTimes { written, detected: UNIX_EPOCH + Duration::from_secs_f64(detected), last_ack })
 }
 
 struct BaselineCost {

@@ -157,16 +157,16 @@ async fn client(
             Err(error) => return format!("could not connect to {to}: {error}"),
         };
         loop {
-            let seen = tokio::select! {
-                seen = client.next() => seen,
+            let response = tokio::select! {
+                response = client.next() => response,
                 _ = phase.wait_for(|phase| *phase == Phase::Away) => break,
             };
-            let seen = match seen {
-                Ok(seen) => seen,
+            let response = match response {
+                Ok(response) => response,
                 Err(failure) => return failure.to_string(),
             };
-            if seen.kind == Some(Kind::Endpoint) && !seen.resources.is_empty() {
-                shared.received.fetch_add(seen.resources.len(), Ordering::AcqRel);
+            if response.kind == Some(Kind::Endpoint) && !response.resources.is_empty() {
+                shared.received.fetch_add(response.resources.len(), Ordering::AcqRel);
                 if shared.acked.fetch_add(1, Ordering::AcqRel) + 1 == nodes {
                     *shared.last_ack.lock().unwrap_or_else(PoisonError::into_inner) = Some(SystemTime::now());
                 }

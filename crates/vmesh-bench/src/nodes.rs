@@ -81,17 +81,17 @@ async fn run(options: &NodesOptions) -> Result<()> {
     );
     let mut plain = None;
     for case in cases(*nodes) {
-        let seen = measure(options, &case).await?;
-        let base = plain.get_or_insert(seen);
+        let cost = measure(options, &case).await?;
+        let base = plain.get_or_insert(cost);
         println!(
             "{:<28} {:>10.2} s     {:>7.2} s  {:>8.1} MiB  {:>6}   CPU {:>5.2}  resident {:>5.2}",
             case.title,
-            seen.connect.as_secs_f64(),
-            seen.cpu.as_secs_f64(),
-            mib(seen.resident),
-            seen.classes,
-            seen.cpu.as_secs_f64() / base.cpu.as_secs_f64().max(1e-9),
-            seen.resident as f64 / (base.resident as f64).max(1.0),
+            cost.connect.as_secs_f64(),
+            cost.cpu.as_secs_f64(),
+            mib(cost.resident),
+            cost.classes,
+            cost.cpu.as_secs_f64() / base.cpu.as_secs_f64().max(1e-9),
+            cost.resident as f64 / (base.resident as f64).max(1.0),
         );
     }
     edits(options).await

@@ -256,31 +256,34 @@ fn differing_services(
 ///
 /// The endpoints are those of every source, by address. Protocol and port are the first that a source gives.
 /// The state is the worst of all entries.
-fn merge_entries<'a>(name: &ServiceName, seen: impl Iterator<Item = &'a SourceService>) -> Option<Service> {
-    let seen: Vec<_> = seen.collect();
-    if seen.is_empty() {
+fn merge_entries<'a>(
+    name: &ServiceName,
+    entries: impl Iterator<Item = &'a SourceService>,
+) -> Option<Service> {
+    let entries: Vec<_> = entries.collect();
+    if entries.is_empty() {
         return None;
     }
-    let endpoints: Arc<[Endpoint]> = match seen.as_slice() {
+    let endpoints: Arc<[Endpoint]> = match entries.as_slice() {
         // The common case, which must not copy the endpoints.
         [only] => only.registration.endpoints.clone(),
         several => {
             let mut by_address = BTreeMap::new();
-            for endpoint in several.iter().flat_map(|seen| seen.registration.endpoints.iter()) {
+            for endpoint in several.iter().flat_map(|entry| entry.registration.endpoints.iter()) {
                 by_address.entry(endpoint.address).or_insert(endpoint);
             }
             by_address.into_values().cloned().collect()
         }
     };
-    let worst = seen.iter().max_by_key(|seen| seen.state);
-    let places: Vec<Place> = seen.iter().map(|seen| seen.registration.place.clone()).collect();
+    let worst = entries.iter().max_by_key(|entry| entry.state);
+    let places: Vec<Place> = entries.iter().map(|entry| entry.registration.place.clone()).collect();
     Some(Service {
         name: name.clone(),
-        protocol: seen.iter().find_map(|seen| seen.registration.protocol),
-        port: seen.iter().find_map(|seen| seen.registration.port),
+        protocol: entries.iter().find_map(|entry| entry.registration.protocol),
+        port: entries.iter().find_map(|entry| entry.registration.port),
         endpoints,
-        state: worst.map(|seen| seen.state).unwrap_or_default(),
-        because: worst.and_then(|seen| seen.because.clone()),
+        state: worst.map(|entry| entry.state).unwrap_or_default(),
+        because: worst.and_then(|entry| entry.because.clone()),
         places,
     })
 }
@@ -290,7 +293,7 @@ mod tests {
     use super::*;
     use vmesh_model::{Health, Weight};
 
-    fn seen(service: &str, addresses: &[&str]) -> (ServiceName, SourceService) {
+    fn entry(service: &str, addresses: &[&str]) -> (ServiceName, SourceService) {
         let endpoint = |address: &&str| Endpoint {
             address: address.parse().unwrap(),
             hostname: None,
@@ -313,7 +316,7 @@ mod tests {
     }
 
     fn view(services: &[(&str, &[&str])]) -> SourceView {
-        SourceView { services: services.iter().map(|(n, a)| seen(n, a)).collect(), problems: Vec::new() }
+        SourceView { services: services.iter().map(|(n, a)| entry(n, a)).collect(), problems: Vec::new() }
     }
 
     fn addresses(catalog: &Catalog, service: &str) -> Vec<String> {
@@ -343,9 +346,9 @@ mod tests {
     fn a_view_that_makes_no_difference_to_the_merged_service_changes_no_pointer() {
         let mut catalog = Catalog::new(2);
         let of = |state: State, because: Option<&str>| {
-            let (name, seen) = seen("orders", &["10.0.0.1:80"]);
-            let seen = SourceService { state, because: because.map(Into::into), ..seen };
-            SourceView { services: [(name, seen)].into(), problems: Vec::new() }
+            let (name, entry) = entry("orders", &["10.0.0.1:80"]);
+            let entry = SourceService { state, because: because.map(Into::into), ..entry };
+            SourceView { services: [(name, entry)].into(), problems: Vec::new() }
         };
         catalog.on_view(0, of(State::Stale, Some("consul does not answer")));
         catalog.on_view(1, of(State::Fresh, None));

@@ -546,10 +546,10 @@ async fn read_body(mut body: Incoming, large_bodies: &Arc<Semaphore>) -> Result<
 
 fn answer(reply: Reply) -> Answer<Body> {
     let text = |name: &str| reply.headers.get(name).and_then(|value| value.to_str().ok());
-    let is_true = |name: &str| text(name).is_some_and(|said| said.eq_ignore_ascii_case("true"));
+    let is_true = |name: &str| text(name).is_some_and(|value| value.eq_ignore_ascii_case("true"));
     let meta = Meta {
         index: text("x-consul-index").and_then(|index| index.parse().ok()),
-        known_leader: text("x-consul-knownleader").is_none_or(|said| !said.eq_ignore_ascii_case("false")),
+        known_leader: text("x-consul-knownleader").is_none_or(|value| !value.eq_ignore_ascii_case("false")),
         last_contact: Duration::from_millis(
             text("x-consul-lastcontact").and_then(|millis| millis.parse().ok()).unwrap_or_default(),
         ),

@@ -78,7 +78,7 @@ impl OperatorActions {
             frozen_at: view.frozen.map(|since| unix(since).as_secs()),
             command: view.frozen.map(|_| format!("{} thaw {name}", self.ctl)),
             services: view.last_good.as_ref().map_or(0, |last_good| last_good.services.len()),
-            endpoints: services.map(|seen| seen.registration.endpoints.len()).sum(),
+            endpoints: services.map(|service_view| service_view.registration.endpoints.len()).sum(),
             missing: counters.missing.load(Relaxed),
             held: view.held.iter().map(|held| self.held(&name, held)).collect(),
             unresolved: view.unresolved.count,
@@ -269,7 +269,7 @@ impl OperatorActions {
         let views = self.sources.all().iter().map(ConfiguredSource::view);
         let registrations = views.filter_map(|view| {
             let last_good = view.last_good?;
-            last_good.services.get(service).map(|seen| seen.registration.clone())
+            last_good.services.get(service).map(|service_view| service_view.registration.clone())
         });
         let left = registrations.map(|registration| evicted.apply(registration).endpoints.len());
         left.sum()
@@ -323,7 +323,7 @@ fn source_ended(known: &ConfiguredSource) -> ActionError {
 fn source_state(view: &View) -> (SourceState, Option<Arc<str>>) {
     let frozen = view.frozen.map(|_| {
         let services = view.last_good.iter().flat_map(|last_good| last_good.services.values());
-        let differ = services.filter(|seen| seen.state == vmesh_model::State::Held).count();
+        let differ = services.filter(|service_view| service_view.state == vmesh_model::State::Held).count();
         let failing = view.stale_because.as_ref().map_or_else(String::new, |why| format!("; and {why}"));
         format!(
             "the operator froze the source: its changes are not applied; it now reports \

@@ -132,10 +132,14 @@ fn check(config: &Config) -> Result<bool, RunError> {
             config.quotes_private_files = true;
         }
         let view = runtime.block_on(first_view(source.clone()));
-        let seen = view.last_good.unwrap_or_default();
-        let endpoints: usize = seen.services.values().map(|seen| seen.registration.endpoints.len()).sum();
-        println!("{}: {} services, {endpoints} endpoints", source.name(), seen.services.len());
-        problems.extend(seen.problems.iter().cloned());
+        let registrations = view.last_good.unwrap_or_default();
+        let endpoints: usize = registrations
+            .services
+            .values()
+            .map(|service_view| service_view.registration.endpoints.len())
+            .sum();
+        println!("{}: {} services, {endpoints} endpoints", source.name(), registrations.services.len());
+        problems.extend(registrations.problems.iter().cloned());
         if let Some(because) = view.stale_because.or(view.unusable) {
             let name = source.name();
             problems.push(Problem::new(Place::file(name.clone()), name, because.to_string()));

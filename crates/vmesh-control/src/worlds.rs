@@ -169,9 +169,9 @@ impl Sources {
     pub(crate) fn contains_endpoint(&self, service: &ServiceName, address: &SocketAddr) -> bool {
         self.0.iter().any(|known| {
             let view = known.handle.views.borrow();
-            let seen = view.last_good.as_ref().and_then(|last_good| last_good.services.get(service));
-            seen.is_some_and(|seen| {
-                seen.registration.endpoints.iter().any(|endpoint| endpoint.address == *address)
+            let service_view = view.last_good.as_ref().and_then(|last_good| last_good.services.get(service));
+            service_view.is_some_and(|service_view| {
+                service_view.registration.endpoints.iter().any(|endpoint| endpoint.address == *address)
             })
         })
     }
@@ -346,8 +346,8 @@ fn apply_view(
     }
     let services = view
         .services()
-        .map(|(name, seen)| {
-            let vmesh_discovery::ServiceView { registration, state, because, .. } = seen;
+        .map(|(name, service_view)| {
+            let vmesh_discovery::ServiceView { registration, state, because, .. } = service_view;
             let registration = evicted.apply(registration);
             (name.clone(), SourceService { registration, state, because })
         })

@@ -67,14 +67,14 @@ pub struct Statement {
 
 impl Statement {
     /// Replaces the services in `only` and everything that does not belong to one service by the content of
-    /// `told`. A service in `only` that is not in `told` is removed.
-    pub fn replace(&mut self, only: BTreeSet<ServiceName>, told: Statement) {
+    /// `newer`. A service in `only` that is not in `newer` is removed.
+    pub fn replace(&mut self, only: BTreeSet<ServiceName>, newer: Statement) {
         let mut services = std::mem::take(&mut self.services);
         for name in only {
             services.remove(&name);
         }
-        services.extend(told.services);
-        *self = Statement { services, ..told };
+        services.extend(newer.services);
+        *self = Statement { services, ..newer };
     }
 }
 
@@ -97,7 +97,7 @@ struct AssembledService {
     /// A host name of the service has no address but may have one: it has not been looked up yet, or no name
     /// server answered.
     is_unresolved: bool,
-    seen: ServiceView,
+    service_view: ServiceView,
     problems: Vec<Problem>,
 }
 
@@ -119,14 +119,14 @@ impl<R: Resolve> Assembler<R> {
         Assembler { source, names, assembled: BTreeMap::new() }
     }
 
-    /// Requests the host names of the services `told`. Other names are forgotten, unless `may_grow` is set: a
+    /// Requests the host names of the services in `statements`. Other names are forgotten, unless `may_grow` is set: a
     /// service that has not been read yet may need a name that was known before.
     pub fn request_names<'a>(
         &mut self,
-        told: impl IntoIterator<Item = &'a ServiceStatement>,
+        statements: impl IntoIterator<Item = &'a ServiceStatement>,
         may_grow: bool,
     ) {
-        let hosts: BTreeSet<Arc<str>> = told.into_iter().flat_map(host_names_of).collect();
+        let hosts: BTreeSet<Arc<str>> = statements.into_iter().flat_map(host_names_of).collect();
         if may_grow { self.names.request(&hosts) } else { self.names.request_only(&hosts) }
     }
 
@@ -160,49 +160,49 @@ impl<R: Resolve> Assembler<R> {
         let mut known_before = std::mem::take(&mut self.assembled).into_iter().peekable();
         let mut assembled = Vec::with_capacity(statement.services.len());
         let mut services = Vec::with_capacity(statement.services.len());
-        for (name, told) in &statement.services {
+        for (name, service_statement) in &statement.services {
             while known_before.next_if(|(before, _)| before < name).is_some() {}
             let before = known_before.next_if(|(before, _)| before == name).map(|(_, before)| before);
-            let seen = match &told.content {
+            let service_view = match &service_statement.content {
                 ServiceContent::Restored(registration) => ServiceView::fresh(registration.clone()),
                 ServiceContent::Parsed(parsed) => {
-                    let known = before.as_ref().map(|before| before.seen.registration.clone());
+                    let known = before.as_ref().map(|before| before.service_view.registration.clone());
                     let mut now = resolve_service(parsed, before, &self.names, &self.source);
                     view.problems.extend(now.problems.iter().cloned());
-                    let is_unknown = now.is_unresolved && now.seen.registration.endpoints.is_empty();
+                    let is_unknown = now.is_unresolved && now.service_view.registration.endpoints.is_empty();
                     match known.filter(|known| !known.endpoints.is_empty()) {
                         Some(known) if is_unknown => {
-                            now.seen.registration = known;
-                            now.seen.extent = Extent::Nothing;
+                            now.service_view.registration = known;
+                            now.service_view.extent = Extent::Nothing;
                         }
                         _ => {}
                     }
-                    let seen = now.seen.clone();
+                    let service_view = now.service_view.clone();
                     assembled.push((name.clone(), now));
-                    if is_unknown && seen.registration.endpoints.is_empty() {
-                        let because = seen.because.as_deref().unwrap_or("its names are not resolved");
+                    if is_unknown && service_view.registration.endpoints.is_empty() {
+                        let because = service_view.because.as_deref().unwrap_or("its names are not resolved");
                         view.unusable.push(format!("service `{name}`: {because}").into());
                         // No address of the service is known yet, so it must not be served as a service
                         // without endpoints.
                         continue;
                     }
-                    seen
+                    service_view
                 }
             };
-            let seen = match (&told.stale_because, &told.partial_because) {
-                (None, None) => seen,
+            let service_view = match (&service_statement.stale_because, &service_statement.partial_because) {
+                (None, None) => service_view,
                 (Some(because), _) => ServiceView {
                     state: State::Stale,
                     because: Some(escape_text(because)),
                     extent: Extent::Nothing,
-                    ..seen
+                    ..service_view
                 },
                 (None, Some(because)) => {
-                    let because = seen.because.or_else(|| Some(escape_text(because)));
-                    ServiceView { because, extent: Extent::Part, ..seen }
+                    let because = service_view.because.or_else(|| Some(escape_text(because)));
+                    ServiceView { because, extent: Extent::Part, ..service_view }
                 }
             };
-            services.push((name.clone(), seen));
+            services.push((name.clone(), service_view));
         }
         view.services = services.into_iter().collect();
         self.assembled = assembled.into_iter().collect();
@@ -218,8 +218,8 @@ impl<R: Resolve> Assembler<R> {
 
 /// Returns the host names of a service. For a restored service these are the names before the restart, whose
 /// addresses are needed once its file can be read again.
-fn host_names_of(told: &ServiceStatement) -> Vec<Arc<str>> {
-    match &told.content {
+fn host_names_of(service_statement: &ServiceStatement) -> Vec<Arc<str>> {
+    match &service_statement.content {
         ServiceContent::Parsed(service) => {
             let hosts = service.endpoints.iter().filter_map(|endpoint| match &endpoint.address.host {
                 Host::Name(name) => Some(name.clone()),
@@ -236,7 +236,7 @@ fn host_names_of(told: &ServiceStatement) -> Vec<Arc<str>> {
 fn addresses_before(last_good: Option<&Registrations>) -> BTreeMap<Arc<str>, Vec<SocketAddr>> {
     let mut before: BTreeMap<Arc<str>, Vec<SocketAddr>> = BTreeMap::new();
     let services = last_good.into_iter().flat_map(|last_good| last_good.services.values());
-    for endpoint in services.flat_map(|seen| seen.registration.endpoints.iter()) {
+    for endpoint in services.flat_map(|service_view| service_view.registration.endpoints.iter()) {
         if let Some(host) = &endpoint.hostname {
             before.entry(host.clone()).or_default().push(endpoint.address);
         }
@@ -266,7 +266,7 @@ fn resolve_service<R: Resolve>(
     }
     if resolution.is_pending && !resolution.is_overdue {
         // The lookup of the new names ends soon; until then every endpoint of the previous view stays.
-        for known in before.iter().flat_map(|before| before.seen.registration.endpoints.iter()) {
+        for known in before.iter().flat_map(|before| before.service_view.registration.endpoints.iter()) {
             resolution.endpoints.entry(known.address).or_insert_with(|| known.clone());
         }
     }
@@ -278,12 +278,12 @@ fn resolve_service<R: Resolve>(
         place: parsed.place.clone(),
     };
     let registration = match before {
-        Some(before) if *before.seen.registration == registration => before.seen.registration,
+        Some(before) if *before.service_view.registration == registration => before.service_view.registration,
         _ => Arc::new(registration),
     };
-    let seen = resolution.view_of(registration);
+    let service_view = resolution.view_of(registration);
     let ServiceResolution { has_names, is_unresolved, problems, .. } = resolution;
-    AssembledService { parsed: parsed.clone(), has_names, is_unresolved, seen, problems }
+    AssembledService { parsed: parsed.clone(), has_names, is_unresolved, service_view, problems }
 }
 
 /// The endpoints of one service, collected while its host names are resolved.

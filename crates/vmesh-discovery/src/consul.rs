@@ -157,7 +157,9 @@ impl<R: Resolve> ConsulSource<R> {
             sweep: Sweep::new(Instant::now()),
             hash_keys: RandomState::new(),
             assembler,
-            last_good: known.map(|(name, seen)| (name.clone(), seen.registration.clone())).collect(),
+            last_good: known
+                .map(|(name, service_view)| (name.clone(), service_view.registration.clone()))
+                .collect(),
             parsed: BTreeMap::new(),
             problems: BTreeMap::new(),
             unusable: BTreeMap::new(),
@@ -432,7 +434,7 @@ impl<R: Resolve> Source for ConsulSource<R> {
         let now = Instant::now();
         match (self.view(now)?, &self.last_view) {
             (Some(view), _) => Ok(view),
-            (None, Some(told)) => Ok(told.clone()),
+            (None, Some(last_view)) => Ok(last_view.clone()),
             (None, None) => Err(SourceError::Suspect {
                 source_name: self.name.clone(),
                 what: "not every service has been read yet".to_owned(),

@@ -234,7 +234,7 @@ impl<R: Resolve> Source for FileSource<R> {
         self.take_scan(found, Instant::now())?;
         match (self.view(Instant::now()), &self.last_view) {
             (Some(view), _) => Ok(view),
-            (None, Some(told)) => Ok(told.clone()),
+            (None, Some(last_view)) => Ok(last_view.clone()),
             (None, None) => Err(SourceError::Suspect {
                 source_name: self.name.clone(),
                 what: "a file is being written at the moment".to_owned(),

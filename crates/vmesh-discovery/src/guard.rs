@@ -232,7 +232,7 @@ impl Guard {
     pub fn restored(source: impl Into<Arc<str>>, config: GuardConfig, last_good: &Registrations) -> Guard {
         let mut guard = Guard::new(source, config);
         let watched =
-            |(name, seen): (&ServiceName, &ServiceView)| (name.clone(), GuardedService::new(seen.clone()));
+            |(name, view): (&ServiceName, &ServiceView)| (name.clone(), GuardedService::new(view.clone()));
         guard.services = last_good.services.iter().map(watched).collect();
         guard.fleet = FleetTracker::restored(last_good);
         guard.reported = last_good.clone();
@@ -428,11 +428,11 @@ impl Guard {
                     || reported.registration == watched.served.registration
             });
             let because = Some(because.clone());
-            let seen = match same {
+            let view = match same {
                 Some(reported) => reported.clone(),
                 None => ServiceView { state: State::Held, because, ..watched.served.clone() },
             };
-            served.services.insert(name.clone(), seen);
+            served.services.insert(name.clone(), view);
         }
         self.held.clear();
         served

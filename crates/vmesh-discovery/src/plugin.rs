@@ -60,7 +60,8 @@ impl PluginSource {
         let name = config.name();
         let assembler = Assembler::new(name.clone(), SystemResolver, config.resolve_interval, last_good);
         let restored = last_good.into_iter().flat_map(|last_good| &last_good.services);
-        let restored = restored.map(|(name, seen)| (name.clone(), seen.registration.clone())).collect();
+        let restored =
+            restored.map(|(name, service_view)| (name.clone(), service_view.registration.clone())).collect();
         PluginSource {
             name,
             connection: PluginConnection::new(config, counters),
@@ -82,7 +83,7 @@ impl PluginSource {
         let mut statement = Statement { problems: parsed.problems, ..Statement::default() };
         for service in parsed.services {
             let name = service.name.clone();
-            let same = before.get(&name).and_then(|told| match &told.content {
+            let same = before.get(&name).and_then(|statement_before| match &statement_before.content {
                 ServiceContent::Parsed(known) if **known == service => Some(known.clone()),
                 _ => None,
             });
@@ -92,7 +93,7 @@ impl PluginSource {
         }
         let because: Arc<str> = format!("its record from `{}` cannot be read", self.name).into();
         for name in parsed.unreadable {
-            let known = before.get(&name).map(|told| told.content.clone());
+            let known = before.get(&name).map(|statement_before| statement_before.content.clone());
             let known = known.or_else(|| self.restored.get(&name).cloned().map(ServiceContent::Restored));
             match known {
                 Some(known) => {
@@ -106,11 +107,11 @@ impl PluginSource {
                 format!("`{}` lists a service whose name cannot be read", self.name).into();
             statement.left_out.push(unnamed.clone());
             // A service that is no longer listed may be the one without a readable name.
-            for (name, told) in before {
+            for (name, statement_before) in before {
                 statement
                     .services
                     .entry(name)
-                    .or_insert_with(|| ServiceStatement::stale(told.content, unnamed.clone()));
+                    .or_insert_with(|| ServiceStatement::stale(statement_before.content, unnamed.clone()));
             }
         }
         // The view does not list these services, so they are removed; a later read failure must not bring
@@ -123,10 +124,10 @@ impl PluginSource {
     /// Handles a line. Returns the ID of the confirmation request that it answers.
     fn handle_line(
         &mut self,
-        said: Result<Option<PluginView>, SourceError>,
+        line: Result<Option<PluginView>, SourceError>,
     ) -> Result<Option<u64>, SourceError> {
-        self.has_failed |= said.is_err();
-        let Some(view) = said? else { return Ok(None) };
+        self.has_failed |= line.is_err();
+        let Some(view) = line? else { return Ok(None) };
         let confirms = view.confirms;
         self.take_view(view);
         Ok(confirms)
@@ -161,7 +162,7 @@ impl Source for PluginSource {
             let never = Instant::now() + Duration::from_secs(3600);
             let due = [lookup, first_view].into_iter().flatten().fold(never, Instant::min);
             tokio::select! {
-                said = self.connection.next_view() => { self.handle_line(said)?; }
+                line = self.connection.next_view() => { self.handle_line(line)?; }
                 () = self.assembler.changed() => {}
                 () = sleep_until(due) => {}
             }
@@ -177,8 +178,8 @@ impl Source for PluginSource {
         let id = self.confirmations;
         self.connection.send(protocol::confirm(id, services)).await?;
         loop {
-            let said = self.connection.next_view().await;
-            if self.handle_line(said)? == Some(id) {
+            let line = self.connection.next_view().await;
+            if self.handle_line(line)? == Some(id) {
                 let now = self.view(Instant::now());
                 return now.or_else(|| self.last_view.clone()).ok_or_else(|| SourceError::Suspect {
                     source_name: self.name.clone(),

@@ -333,15 +333,15 @@ impl<R: Resolve> HostNames<R> {
 /// Reports whether a failed lookup means that the name does not exist, judged by the messages of glibc and
 /// musl. Any other failure may be temporary.
 fn is_missing_name(error: &io::Error) -> bool {
-    let said = error.to_string().to_lowercase();
-    ["not known", "no address", "does not resolve"].iter().any(|words| said.contains(words))
+    let message = error.to_string().to_lowercase();
+    ["not known", "no address", "does not resolve"].iter().any(|words| message.contains(words))
 }
 
 /// Strips the prefix that the standard library adds to the message of `getaddrinfo`.
 fn without_prefix(error: &io::Error) -> String {
     let text = error.to_string();
-    let said = text.strip_prefix("failed to lookup address information: ").unwrap_or(&text);
-    said.to_lowercase()
+    let message = text.strip_prefix("failed to lookup address information: ").unwrap_or(&text);
+    message.to_lowercase()
 }
 
 #[cfg(test)]

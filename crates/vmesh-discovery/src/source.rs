@@ -93,13 +93,13 @@ impl View {
     /// Returns the services. A fresh service is marked stale while the source as a whole is stale.
     pub fn services(&self) -> impl Iterator<Item = (&ServiceName, ServiceView)> {
         let services = self.last_good.iter().flat_map(|last_good| &last_good.services);
-        services.map(|(name, seen)| {
-            let mut seen = seen.clone();
-            if let (State::Fresh, Some(because)) = (seen.state, &self.stale_because) {
-                seen.state = State::Stale;
-                seen.because = Some(because.clone());
+        services.map(|(name, service_view)| {
+            let mut service_view = service_view.clone();
+            if let (State::Fresh, Some(because)) = (service_view.state, &self.stale_because) {
+                service_view.state = State::Stale;
+                service_view.because = Some(because.clone());
             }
-            (name, seen)
+            (name, service_view)
         })
     }
 }

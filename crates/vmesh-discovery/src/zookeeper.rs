@@ -189,8 +189,8 @@ impl<R: Resolve> ZookeeperSource<R> {
         let mut statement = None;
         if let Some(because) = &self.stale_because {
             let mut stale = self.statement.clone();
-            for told in stale.services.values_mut() {
-                told.stale_because.get_or_insert_with(|| because.clone());
+            for statement in stale.services.values_mut() {
+                statement.stale_because.get_or_insert_with(|| because.clone());
             }
             statement = Some(stale);
         }
@@ -258,7 +258,7 @@ impl<R: Resolve> Source for ZookeeperSource<R> {
         self.handle_view(&view)?;
         match (self.view(Instant::now()), &self.last_view) {
             (Some(view), _) => Ok(view),
-            (None, Some(told)) => Ok(told.clone()),
+            (None, Some(last_view)) => Ok(last_view.clone()),
             (None, None) => Err(SourceError::Suspect {
                 source_name: self.name.clone(),
                 what: "not everything has been read yet".to_owned(),
@@ -288,8 +288,8 @@ mod tests {
         knows_nothing.handle_view(&cut_off).unwrap();
         assert!(knows_nothing.view(Instant::now()).is_some());
         let mut knows = source(Some(&Registrations::default()));
-        let said = knows.handle_view(&cut_off).unwrap_err();
-        assert!(crate::source::chain(&said).ends_with("it has lost its quorum"));
+        let failure = knows.handle_view(&cut_off).unwrap_err();
+        assert!(crate::source::chain(&failure).ends_with("it has lost its quorum"));
         assert!(knows.view(Instant::now()).is_none());
     }
 }

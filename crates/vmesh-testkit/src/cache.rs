@@ -69,9 +69,9 @@ pub(crate) fn run(command: &mut Command, install: &str) -> Result<()> {
     if output.status.success() {
         return Ok(());
     }
-    let said = [output.stdout, output.stderr].concat();
-    let said = String::from_utf8_lossy(&said);
-    let tail: Vec<&str> = said.trim_end().lines().rev().take(12).collect();
+    let printed = [output.stdout, output.stderr].concat();
+    let printed = String::from_utf8_lossy(&printed);
+    let tail: Vec<&str> = printed.trim_end().lines().rev().take(12).collect();
     let tail: Vec<&str> = tail.into_iter().rev().collect();
     Err(Failed::new(format!(
         "`{shown}` failed ({}); {install}. It said:\n{}",

@@ -94,8 +94,9 @@ pub fn program() -> Result<PathBuf> {
 
 fn on_path() -> Option<PathBuf> {
     let path = debian::on_path("consul")?;
-    let said = Command::new(&path).arg("version").output().map(|output| output.stdout).unwrap_or_default();
-    let is_pinned = is_pinned(&String::from_utf8_lossy(&said));
+    let answer_text =
+        Command::new(&path).arg("version").output().map(|output| output.stdout).unwrap_or_default();
+    let is_pinned = is_pinned(&String::from_utf8_lossy(&answer_text));
     if !is_pinned {
         eprintln!("{} is not Consul {VERSION} and is left alone", path.display());
     }
@@ -104,8 +105,8 @@ fn on_path() -> Option<PathBuf> {
 
 /// Reports whether this output of `consul version` names the pinned version. Its first line is
 /// `Consul v1.8.7`, and Debian appends a revision.
-fn is_pinned(said: &str) -> bool {
-    let version = said.lines().next().and_then(|line| line.trim().strip_prefix("Consul v"));
+fn is_pinned(answer_text: &str) -> bool {
+    let version = answer_text.lines().next().and_then(|line| line.trim().strip_prefix("Consul v"));
     version.is_some_and(|version| version.split(['+', '-', ' ']).next() == Some(VERSION))
 }
 
@@ -223,8 +224,8 @@ impl Consul {
             // With ACLs, the management token becomes known a moment later.
             let asked = call(address, Method::GET, "/v1/catalog/services", Some(MANAGEMENT_TOKEN), "");
             match asked.await {
-                Ok((StatusCode::OK, said)) if said.contains("\"consul\"") => Ok(()),
-                Ok((status, said)) => Err(format!("{status} {said}")),
+                Ok((StatusCode::OK, answer_text)) if answer_text.contains("\"consul\"") => Ok(()),
+                Ok((status, answer_text)) => Err(format!("{status} {answer_text}")),
                 Err(error) => Err(error.to_string()),
             }
         };
@@ -287,11 +288,12 @@ impl Consul {
         wait_for("a leader", SERVING, async || {
             for index in 0..self.servers.len() {
                 let address = self.address(index).map_err(|failed| failed.to_string())?;
-                let Ok((_, said)) = call(address, Method::GET, "/v1/status/leader", None, "").await else {
+                let Ok((_, answer_text)) = call(address, Method::GET, "/v1/status/leader", None, "").await
+                else {
                     continue;
                 };
                 let leads = |member: &Server| {
-                    said.trim_matches(['"', '\n']).starts_with(&format!("{}:", member.place))
+                    answer_text.trim_matches(['"', '\n']).starts_with(&format!("{}:", member.place))
                 };
                 if let Some(leader) = self.servers.iter().position(leads) {
                     return Ok(leader);
@@ -316,20 +318,24 @@ impl Consul {
 
     /// Sends a GET to server `index`, with all rights.
     pub async fn get(&self, index: usize, path: &str) -> Result<Value> {
-        let (status, said) =
+        let (status, answer_text) =
             call(self.address(index)?, Method::GET, path, Some(MANAGEMENT_TOKEN), "").await?;
         if !status.is_success() {
-            return Err(Failed::new(format!("GET {path}: {status} {said}")));
+            return Err(Failed::new(format!("GET {path}: {status} {answer_text}")));
         }
-        serde_json::from_str(&said).map_err(Failed::to(format!("GET {path}: {said}")))
+        serde_json::from_str(&answer_text).map_err(Failed::to(format!("GET {path}: {answer_text}")))
     }
 
     /// Sends a PUT to server `index`, with all rights, and returns the body.
     pub async fn put(&self, index: usize, path: &str, body: &Value) -> Result<String> {
         let body = if body.is_null() { String::new() } else { body.to_string() };
-        let (status, said) =
+        let (status, answer_text) =
             call(self.address(index)?, Method::PUT, path, Some(MANAGEMENT_TOKEN), &body).await?;
-        if status.is_success() { Ok(said) } else { Err(Failed::new(format!("PUT {path}: {status} {said}"))) }
+        if status.is_success() {
+            Ok(answer_text)
+        } else {
+            Err(Failed::new(format!("PUT {path}: {status} {answer_text}")))
+        }
     }
 
     /// Registers a service with the agent of server `index`, in Consul's own format
@@ -350,19 +356,23 @@ impl Consul {
         let name =
             format!("policy-{}", self.get(at, "/v1/acl/policies").await?.as_array().map_or(0, Vec::len));
         self.put(at, "/v1/acl/policy", &json!({"Name": name, "Rules": rules})).await?;
-        let said = self.put(at, "/v1/acl/token", &json!({"Policies": [{"Name": name}]})).await?;
-        let said: Value = serde_json::from_str(&said).map_err(Failed::to("reading the token"))?;
-        let field = |name: &str| said.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let answer_text = self.put(at, "/v1/acl/token", &json!({"Policies": [{"Name": name}]})).await?;
+        let answer: Value = serde_json::from_str(&answer_text).map_err(Failed::to("reading the token"))?;
+        let field = |name: &str| answer.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
         Ok((field("AccessorID"), field("SecretID")))
     }
 
     /// Deletes a token.
     pub async fn revoke(&self, accessor: &str) -> Result<()> {
         let path = format!("/v1/acl/token/{accessor}");
-        let (status, said) =
+        let (status, answer_text) =
             call(self.address(self.leader().await?)?, Method::DELETE, &path, Some(MANAGEMENT_TOKEN), "")
                 .await?;
-        if status.is_success() { Ok(()) } else { Err(Failed::new(format!("DELETE {path}: {status} {said}"))) }
+        if status.is_success() {
+            Ok(())
+        } else {
+            Err(Failed::new(format!("DELETE {path}: {status} {answer_text}")))
+        }
     }
 
     fn make_certificates(&self) -> Result<()> {

@@ -90,12 +90,12 @@ fn verified(file: &Path, deb: &Deb) -> Result<()> {
         .arg(file)
         .output()
         .map_err(Failed::to("could not run sha256sum: `apt-get install coreutils`"))?;
-    let said = String::from_utf8_lossy(&output.stdout);
+    let hash = String::from_utf8_lossy(&output.stdout);
     // `sha256sum` prints a backslash before the sum if the name has special characters.
-    if said.trim_start_matches('\\').starts_with(deb.sha256) {
+    if hash.trim_start_matches('\\').starts_with(deb.sha256) {
         return Ok(());
     }
-    Err(Failed::new(format!("{} has another hash ({})", file.display(), said.trim())))
+    Err(Failed::new(format!("{} has another hash ({})", file.display(), hash.trim())))
 }
 
 /// Fetches a file with Python's urllib. Python is needed anyway for pip, and urllib uses the machine's proxy

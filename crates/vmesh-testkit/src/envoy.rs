@@ -70,9 +70,9 @@ fn on_path() -> Option<PathBuf> {
     let paths = std::env::var_os("PATH")?;
     let candidates = std::env::split_paths(&paths).map(|dir| dir.join("envoy")).filter(|path| is_elf(path));
     let mut pinned = candidates.filter(|path| {
-        let said =
+        let printed =
             Command::new(path).arg("--version").output().map(|output| output.stdout).unwrap_or_default();
-        let pinned = String::from_utf8_lossy(&said).contains(&format!("/{VERSION}/"));
+        let pinned = String::from_utf8_lossy(&printed).contains(&format!("/{VERSION}/"));
         if !pinned {
             eprintln!("{} is not Envoy {VERSION} and is left alone", path.display());
         }
@@ -142,7 +142,7 @@ pub fn validate_by(envoy: &Path, config: &str) -> Result<(), String> {
             return Ok(Ok(()));
         }
         Ok(Err([output.stdout, output.stderr]
-            .map(|said| String::from_utf8_lossy(&said).into_owned())
+            .map(|printed| String::from_utf8_lossy(&printed).into_owned())
             .concat()))
     };
     checked().unwrap_or_else(|failed| Err(format!("{failed:?}")))
@@ -260,18 +260,18 @@ mod tests {
     #[test]
     fn the_envoy_that_is_found_is_the_pinned_one() {
         let output = Command::new(find().unwrap()).arg("--version").output().unwrap();
-        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(
-            std::env::var_os("VMESH_ENVOY").is_some() || said.contains(&format!("/{VERSION}/")),
-            "{said}"
+            std::env::var_os("VMESH_ENVOY").is_some() || printed.contains(&format!("/{VERSION}/")),
+            "{printed}"
         );
     }
 
     #[test]
     fn the_oldest_envoy_is_fetched_by_its_hash_and_is_what_it_says() {
         let output = Command::new(binary_of(OLDEST).unwrap()).arg("--version").output().unwrap();
-        let said = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(said.contains(&format!("/{OLDEST}/")), "{said}");
+        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(printed.contains(&format!("/{OLDEST}/")), "{printed}");
         assert!(binary_of("0.1.0").unwrap_err().to_string().contains("no hash is known"));
     }
 

@@ -275,8 +275,8 @@ impl Host {
     /// Waits until a unit is in this state: `active`, `inactive`, `failed`.
     pub fn wait_unit(&self, unit: &str, state: &str, bound: Duration) -> Result<()> {
         let waited = until(&format!("{unit} on {} to be {state}", self.name), bound, || {
-            let seen = self.show(unit, "ActiveState")?;
-            if seen == state { Ok(Ok(())) } else { Ok(Err(seen)) }
+            let state_seen = self.show(unit, "ActiveState")?;
+            if state_seen == state { Ok(Ok(())) } else { Ok(Err(state_seen)) }
         });
         waited.map_err(|failed| {
             let status = self.output(&["systemctl", "--no-pager", "status", "-n", "0", unit]);
@@ -427,8 +427,8 @@ impl Host {
                 return Ok(Err("no init yet".to_owned()));
             }
             let output = self.output(&["systemctl", "is-system-running"])?;
-            let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-            Ok(if said == "running" || said == "degraded" { Ok(()) } else { Err(said) })
+            let printed = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+            Ok(if printed == "running" || printed == "degraded" { Ok(()) } else { Err(printed) })
         });
         booted.map_err(|failed| self.with_console(&failed))
     }
@@ -611,8 +611,8 @@ fn until<T, S: std::fmt::Display>(
     loop {
         match probe()? {
             Ok(value) => return Ok(value),
-            Err(seen) if Instant::now() >= deadline => {
-                return Err(Failed::new(format!("waited {bound:?} for {what}; last seen: {seen}")));
+            Err(state_seen) if Instant::now() >= deadline => {
+                return Err(Failed::new(format!("waited {bound:?} for {what}; last seen: {state_seen}")));
             }
             Err(_) => sleep(Duration::from_millis(25)),
         }

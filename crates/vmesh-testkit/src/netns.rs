@@ -342,8 +342,8 @@ fn output(command: &mut Command) -> Result<Output> {
     if output.status.success() {
         return Ok(output);
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    Err(Failed::new(format!("`{shown}` failed ({}): {}; {INSTALL}", output.status, said.trim())))
+    let errors = String::from_utf8_lossy(&output.stderr);
+    Err(Failed::new(format!("`{shown}` failed ({}): {}; {INSTALL}", output.status, errors.trim())))
 }
 
 #[cfg(test)]
@@ -381,8 +381,8 @@ mod tests {
         let host = switch.host().unwrap();
         let id = host.within_as(4242, || rustix::process::geteuid().as_raw()).unwrap();
         assert_eq!((id, rustix::process::geteuid().as_raw()), (4242, 0));
-        let said = output(host.command_as(4243, "id").arg("-u")).unwrap();
-        assert_eq!(String::from_utf8_lossy(&said.stdout).trim(), "4243");
+        let output = output(host.command_as(4243, "id").arg("-u")).unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "4243");
     }
 
     #[test]

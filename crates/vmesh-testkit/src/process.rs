@@ -139,7 +139,7 @@ impl Daemon {
     /// Waits for a line of output that contains `text`, which may already have been printed.
     pub async fn wait_line(&mut self, text: &str, bound: Duration) -> Result<String> {
         let what = format!("{} to print `{text}`", self.name);
-        let seen =
+        let waiting =
             wait_for(what, bound, async || {
                 // The exit status is read first, so the last lines before an exit are not missed.
                 let exited = self.has_exited();
@@ -150,13 +150,13 @@ impl Daemon {
                         .map_or_else(|| "no such line".to_owned(), |status| format!("it ended: {status}"))),
                 }
             });
-        seen.await.map_err(|failed| self.with_output(&failed))
+        waiting.await.map_err(|failed| self.with_output(&failed))
     }
 
     /// Waits until `peer` answers `GET path` with 200, and returns the body.
     pub async fn wait_http(&mut self, peer: &Peer, path: &str, bound: Duration) -> Result<String> {
         let what = format!("{} to answer GET {path} at {peer} with 200", self.name);
-        let seen = wait_for(what, bound, async || {
+        let waiting = wait_for(what, bound, async || {
             if let Some(status) = self.has_exited() {
                 return Err(format!("it ended: {status}"));
             }
@@ -166,7 +166,7 @@ impl Daemon {
                 Err(error) => Err(vmesh_daemon::report::one_line(&error)),
             }
         });
-        seen.await.map_err(|failed| self.with_output(&failed))
+        waiting.await.map_err(|failed| self.with_output(&failed))
     }
 
     fn with_output(&self, failed: &Failed) -> Failed {

@@ -174,31 +174,31 @@ impl Registry {
             }
             Registry::ZooKeeper(..) => {
                 let path = format!("/services/{}/{}", instance.service, instance.id);
-                let mut said = Ok(());
+                let mut result = Ok(());
                 for first in 0..TRIES {
                     // An earlier attempt may already have deleted the nodes.
-                    said = self.client(first).await?.delete_all(&path).await;
-                    if said.is_ok() {
+                    result = self.client(first).await?.delete_all(&path).await;
+                    if result.is_ok() {
                         break;
                     }
                     self.disconnect();
                 }
-                said
+                result
             }
         }
     }
 
     /// Creates a ZooKeeper node, with its parents.
     pub async fn make(&mut self, path: &str, data: &[u8]) -> Result<()> {
-        let mut said = Ok(());
+        let mut result = Ok(());
         for first in 0..TRIES {
-            said = self.client(first).await?.make(path, data, zookeeper::Kind::Persistent).await.map(drop);
-            if said.is_ok() {
+            result = self.client(first).await?.make(path, data, zookeeper::Kind::Persistent).await.map(drop);
+            if result.is_ok() {
                 break;
             }
             self.disconnect();
         }
-        said
+        result
     }
 
     fn disconnect(&mut self) {

@@ -51,7 +51,7 @@ pub async fn wait_for<S: ProbeResult>(
     while let Ok(answer) = timeout_at(deadline, probe()).await {
         match answer.into_result() {
             Ok(value) => return Ok(value),
-            Err(seen) => last = seen,
+            Err(state) => last = state,
         }
         if Instant::now() >= deadline {
             break;

@@ -269,8 +269,8 @@ impl ZooKeeper {
     pub async fn wait_serving(&mut self, index: usize) -> Result<()> {
         let address = self.address(index)?;
         let asked = async || match ask(address, "srvr").await {
-            Ok(said) if said.contains("Mode:") => Ok(()),
-            Ok(said) => Err(said),
+            Ok(answer) if answer.contains("Mode:") => Ok(()),
+            Ok(answer) => Err(answer),
             Err(error) => Err(error.to_string()),
         };
         self.servers.wait(index, asked).await
@@ -342,8 +342,8 @@ impl ZooKeeper {
     pub async fn leader(&self) -> Result<usize> {
         wait_for("a leader", SERVING, async || {
             for index in 0..self.servers.len() {
-                let said = ask(self.address(index).map_err(|failed| failed.to_string())?, "srvr").await;
-                if said.is_ok_and(|said| said.contains("Mode: leader")) {
+                let answer = ask(self.address(index).map_err(|failed| failed.to_string())?, "srvr").await;
+                if answer.is_ok_and(|answer| answer.contains("Mode: leader")) {
                     return Ok(index);
                 }
             }
@@ -354,8 +354,8 @@ impl ZooKeeper {
 
     /// Returns the sessions of the clients that are connected to server `index`, as `cons` lists them.
     pub async fn sessions(&self, index: usize) -> Result<Vec<i64>> {
-        let said = ask(self.address(index)?, "cons").await?;
-        let ids = said.lines().filter_map(|line| {
+        let answer = ask(self.address(index)?, "cons").await?;
+        let ids = answer.lines().filter_map(|line| {
             let id = line.split("sid=0x").nth(1)?.split(',').next()?;
             u64::from_str_radix(id, 16).ok().map(u64::cast_signed)
         });
@@ -365,24 +365,24 @@ impl ZooKeeper {
     /// Returns the server that holds the connection of `session`.
     pub async fn server_of(&self, session: i64) -> Result<usize> {
         wait_for(format!("session {session:#x} to be connected"), SERVING, async || {
-            let mut seen = Vec::new();
+            let mut sessions_seen = Vec::new();
             for index in 0..self.servers.len() {
                 match self.sessions(index).await {
                     Ok(sessions) if sessions.contains(&session) => return Ok(index),
-                    Ok(sessions) => seen.push(format!("{sessions:x?}")),
-                    Err(failed) => seen.push(failed.to_string()),
+                    Ok(sessions) => sessions_seen.push(format!("{sessions:x?}")),
+                    Err(failed) => sessions_seen.push(failed.to_string()),
                 }
             }
-            Err(seen.join(", "))
+            Err(sessions_seen.join(", "))
         })
         .await
     }
 
     /// Returns the number of watches on server `index` (`wchs`).
     pub async fn watches(&self, index: usize) -> Result<usize> {
-        let said = ask(self.address(index)?, "wchs").await?;
-        let total = said.lines().find_map(|line| line.strip_prefix("Total watches:")?.trim().parse().ok());
-        total.ok_or_else(|| Failed::new(format!("wchs said: {said}")))
+        let answer = ask(self.address(index)?, "wchs").await?;
+        let total = answer.lines().find_map(|line| line.strip_prefix("Total watches:")?.trim().parse().ok());
+        total.ok_or_else(|| Failed::new(format!("wchs said: {answer}")))
     }
 
     fn make_certificates(&self) -> Result<()> {
@@ -428,13 +428,13 @@ pub async fn ask(address: SocketAddr, word: &str) -> Result<String> {
     let talk = async {
         let mut stream = TcpStream::connect(address).await?;
         stream.write_all(word.as_bytes()).await?;
-        let mut said = String::new();
-        stream.read_to_string(&mut said).await?;
-        Ok::<_, std::io::Error>(said)
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        Ok::<_, std::io::Error>(answer)
     };
     let what = format!("could not ask ZooKeeper {address} for `{word}`");
     match timeout(Duration::from_secs(5), talk).await {
-        Ok(said) => said.map_err(Failed::to(what)),
+        Ok(answer) => answer.map_err(Failed::to(what)),
         Err(_) => Err(Failed::new(format!("{what}: no answer within 5 s"))),
     }
 }

@@ -182,9 +182,11 @@ mod tests {
     }
 
     fn changes(before: &Snapshot, after: &Snapshot) -> Vec<String> {
-        let mut seen = Vec::new();
-        after.changes_since(before, |resource| seen.push(format!("{} {}", resource.kind(), resource.name())));
-        seen
+        let mut changes_seen = Vec::new();
+        after.changes_since(before, |resource| {
+            changes_seen.push(format!("{} {}", resource.kind(), resource.name()))
+        });
+        changes_seen
     }
 
     #[test]
@@ -206,8 +208,11 @@ mod tests {
     fn stores_of_different_lines_are_compared_by_content() {
         let one = Store::default().apply([group("a", "1"), group("b", "1")]);
         let other = Store::default().apply([group("b", "1")]).apply([group("a", "2")]);
-        let seen = changes(&snapshot(&one, Scope::all()), &snapshot(&other, Scope::all()));
-        assert!(!seen.is_empty() && seen.iter().all(|change| change == "cluster a"), "{seen:?}");
+        let changes_seen = changes(&snapshot(&one, Scope::all()), &snapshot(&other, Scope::all()));
+        assert!(
+            !changes_seen.is_empty() && changes_seen.iter().all(|change| change == "cluster a"),
+            "{changes_seen:?}"
+        );
     }
 
     #[test]

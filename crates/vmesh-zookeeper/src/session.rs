@@ -259,10 +259,10 @@ fn tls_options(pem: &Pem) -> Result<zk::TlsOptions, zk::Error> {
 /// connects to each server once more.
 async fn diagnosis(config: &Config) -> String {
     const AT_MOST: usize = 7;
-    let mut said = Vec::new();
+    let mut reasons = Vec::new();
     let servers = config.connect.servers();
     for server in servers.iter().take(AT_MOST) {
-        said.push(match timeout(Duration::from_millis(500), TcpStream::connect(server.as_str())).await {
+        reasons.push(match timeout(Duration::from_millis(500), TcpStream::connect(server.as_str())).await {
             Ok(Ok(_)) if config.tls.is_some() => format!(
                 "{server} accepts connections but no session: it has no quorum, refuses the certificate or \
                  the credentials, shows one that `ca_file` did not sign for this name, or speaks no TLS \
@@ -277,18 +277,18 @@ async fn diagnosis(config: &Config) -> String {
         });
     }
     if servers.len() > AT_MOST {
-        said.push(format!("and {} more", servers.len() - AT_MOST));
+        message.push(format!("and {} more", servers.len() - AT_MOST));
     }
-    said.join("; ")
+    message.join("; ")
 }
 
 /// Shortens a system error: removes the number at its end and the prefix that std adds to errors of
 /// `getaddrinfo`.
 fn shortened(error: &io::Error) -> String {
     let text = error.to_string();
-    let said = text.strip_prefix("failed to lookup address information: ").unwrap_or(&text);
-    let said = said.split(" (os error").next().unwrap_or(said);
-    said.to_lowercase()
+    let message = text.strip_prefix("failed to lookup address information: ").unwrap_or(&text);
+    let message = message.split(" (os error").next().unwrap_or(message);
+    message.to_lowercase()
 }
 
 /// Counts a connection, as long as the value exists.
@@ -342,11 +342,11 @@ mod tests {
         assert_eq!(digest.unwrap(), b"mesh:s3cr:et");
         assert!(!shown.contains("s3cr"));
         for wrong in ["", "mesh", ":x", "a:b\nc:d"] {
-            let said = read(wrong).await.unwrap_err().to_string();
-            assert!(said.ends_with("has to hold `user:password` in one line"), "{said}");
+            let message = read(wrong).await.unwrap_err().to_string();
+            assert!(message.ends_with("has to hold `user:password` in one line"), "{message}");
         }
         std::fs::remove_file(&file).unwrap();
-        let said = Secrets::read(&config).await.unwrap_err().line();
-        assert!(said.starts_with("could not read ") && said.contains("No such file"), "{said}");
+        let message = Secrets::read(&config).await.unwrap_err().line();
+        assert!(message.starts_with("could not read ") && message.contains("No such file"), "{message}");
     }
 }

@@ -190,8 +190,9 @@ impl Api {
         if status.is_success() {
             return serde_json::from_slice(&body).map_err(|cause| ApiError::Foreign { peer, cause });
         }
-        let said: Option<Failure> = serde_json::from_slice(&body).ok();
-        let message = said.map_or_else(|| String::from_utf8_lossy(&body).into_owned(), |said| said.error);
+        let answer: Option<Failure> = serde_json::from_slice(&body).ok();
+        let message =
+            answer.map_or_else(|| String::from_utf8_lossy(&body).into_owned(), |answer| answer.error);
         let message = printable(&message);
         match status {
             StatusCode::NOT_FOUND if !message.is_empty() => Err(ApiError::Unknown(message)),

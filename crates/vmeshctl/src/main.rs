@@ -262,18 +262,18 @@ async fn discovery(cli: &Cli, action: &DiscoveryAction) -> Result<RenderedOutput
             api.accept(&AcceptRequest { source: source.clone(), service: service.clone() }).await?
         }
         DiscoveryAction::Evict { service, endpoint } => {
-            let mut said = Vec::new();
+            let mut messages = Vec::new();
             for address in addresses(api, service, endpoint).await? {
-                said.push(api.evict(&EndpointRequest { service: service.clone(), address }).await?.done);
+                messages.push(api.evict(&EndpointRequest { service: service.clone(), address }).await?.done);
             }
-            ActionResult { done: said.join("\n") }
+            ActionResult { done: messages.join("\n") }
         }
         DiscoveryAction::Admit { service, endpoint } => {
-            let mut said = Vec::new();
+            let mut messages = Vec::new();
             for address in addresses(api, service, endpoint).await? {
-                said.push(api.admit(&EndpointRequest { service: service.clone(), address }).await?.done);
+                messages.push(api.admit(&EndpointRequest { service: service.clone(), address }).await?.done);
             }
-            ActionResult { done: said.join("\n") }
+            ActionResult { done: messages.join("\n") }
         }
         DiscoveryAction::Freeze { source } => api.freeze(&SourceSelector { source: source.clone() }).await?,
         DiscoveryAction::Thaw { source } => api.thaw(&SourceSelector { source: source.clone() }).await?,

@@ -63,11 +63,11 @@ impl Supervisor {
                 None
             }
             ReloadOutcome::Postponed(why) => {
-                let said = format!("a reload waits: {why}");
-                if self.status.borrow().reload.as_ref() != Some(&said) {
-                    info!("{said}");
+                let reload_state = format!("a reload waits: {why}");
+                if self.status.borrow().reload.as_ref() != Some(&reload_state) {
+                    info!("{reload_state}");
                 }
-                self.status.send_modify(|status| status.reload = Some(said));
+                self.status.send_modify(|status| status.reload = Some(reload_state));
                 None
             }
             ReloadOutcome::Failed(why) => {

@@ -151,8 +151,8 @@ async fn config_dump(Shared(context): Shared<StatusContext>, uri: Uri) -> Respon
         None => "/config_dump",
         Some("include_eds") => "/config_dump?include_eds",
         Some(_) => {
-            let said = "only /config_dump and /config_dump?include_eds are answered here\n";
-            return (StatusCode::BAD_REQUEST, said).into_response();
+            let message = "only /config_dump and /config_dump?include_eds are answered here\n";
+            return (StatusCode::BAD_REQUEST, message).into_response();
         }
     };
     match query_envoy(&context, path).await {

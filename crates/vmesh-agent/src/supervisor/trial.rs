@@ -69,8 +69,8 @@ async fn run_version_queries(program: &Path) -> Result<BinaryVersions, String> {
             tail(&version)
         ));
     };
-    let said = run_to_end(program, &["--hot-restart-version".to_owned()], SAYS_WITHIN).await?;
-    let hot_restart = said.split_whitespace().find(|word| is_hot_restart_version(word)).map(str::to_owned);
+    let printed = run_to_end(program, &["--hot-restart-version".to_owned()], SAYS_WITHIN).await?;
+    let hot_restart = printed.split_whitespace().find(|word| is_hot_restart_version(word)).map(str::to_owned);
     Ok(BinaryVersions { version: number.to_owned(), hot_restart })
 }
 
@@ -92,13 +92,16 @@ pub(super) async fn validate(
 ) -> Result<(), String> {
     run_validation(program, arguments, bootstrap, scratch)
         .await
-        .map_err(|said| format!("{} refuses the bootstrap: {said}", program.display()))?;
+        .map_err(|printed| format!("{} refuses the bootstrap: {printed}", program.display()))?;
     let Some(dump) = dump else { return Ok(()) };
     let whole = with_resources(bootstrap.clone(), dump);
     let lenient: Vec<String> =
         arguments.iter().cloned().chain(["--allow-unknown-static-fields".to_owned()]).collect();
-    run_validation(program, &lenient, &whole, scratch).await.map_err(|said| {
-        format!("{} refuses what the Envoy that serves has from its control plane: {said}", program.display())
+    run_validation(program, &lenient, &whole, scratch).await.map_err(|printed| {
+        format!(
+            "{} refuses what the Envoy that serves has from its control plane: {printed}",
+            program.display()
+        )
     })
 }
 
@@ -165,8 +168,8 @@ async fn run_to_end(program: &Path, arguments: &[String], within: Duration) -> R
     };
     match timeout(within, finished).await {
         Ok(Ok((status, output, errors))) => {
-            let said = output + &errors;
-            if status.success() { Ok(said) } else { Err(format!("{status}: {}", tail(&said))) }
+            let printed = output + &errors;
+            if status.success() { Ok(printed) } else { Err(format!("{status}: {}", tail(&printed))) }
         }
         Ok(Err(error)) => Err(format!("could not start {shown}: {error}")),
         Err(_) => Err(format!("{shown} {first} {HANGS} {} s", within.as_secs())),
@@ -176,20 +179,20 @@ async fn run_to_end(program: &Path, arguments: &[String], within: Duration) -> R
 /// Reads to the end, and returns the last part of the output.
 async fn read_tail(from: Option<impl AsyncRead + Unpin>) -> io::Result<String> {
     let Some(mut from) = from else { return Ok(String::new()) };
-    let mut said = Vec::new();
-    while from.read_buf(&mut said).await? > 0 {
-        if said.len() > 2 * MAX_OUTPUT {
-            said.drain(..said.len() - MAX_OUTPUT);
+    let mut printed = Vec::new();
+    while from.read_buf(&mut printed).await? > 0 {
+        if printed.len() > 2 * MAX_OUTPUT {
+            printed.drain(..printed.len() - MAX_OUTPUT);
         }
     }
-    Ok(String::from_utf8_lossy(&said).into_owned())
+    Ok(String::from_utf8_lossy(&printed).into_owned())
 }
 
-fn tail(said: &str) -> String {
-    let lines: Vec<&str> = said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    let said = lines.join("; ");
-    let skip = said.chars().count().saturating_sub(MAX_SHOWN);
-    said.chars().skip(skip).collect()
+fn tail(printed: &str) -> String {
+    let lines: Vec<&str> = printed.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let printed = lines.join("; ");
+    let skip = printed.chars().count().saturating_sub(MAX_SHOWN);
+    printed.chars().skip(skip).collect()
 }
 
 /// Identifies the file that a path names: another file has another stamp.
@@ -261,8 +264,8 @@ mod tests {
                 .reason
                 .starts_with("could not start /no/such: ")
         );
-        let said = query_versions(Path::new("/bin/true")).await.unwrap_err().reason;
-        assert!(said.starts_with("/bin/true is no Envoy: to `--version` it says `true "), "{said}");
+        let printed = query_versions(Path::new("/bin/true")).await.unwrap_err().reason;
+        assert!(printed.starts_with("/bin/true is no Envoy: to `--version` it says `true "), "{printed}");
     }
 
     #[tokio::test]
@@ -277,8 +280,8 @@ mod tests {
         let check = async |bytes: &[u8], mode: u32, expected: &str| {
             std::fs::write(&path, bytes).unwrap();
             std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
-            let said = query_versions(&path).await.unwrap_err().reason;
-            assert!(said.contains(expected), "{expected}: {said}");
+            let printed = query_versions(&path).await.unwrap_err().reason;
+            assert!(printed.contains(expected), "{expected}: {printed}");
         };
         check(&whole, 0o644, "Permission denied").await;
         check(&foreign, 0o755, "envoy cannot be run on this machine: could not start ").await;
@@ -288,16 +291,17 @@ mod tests {
         check(b"", 0o755, "").await;
         let _written = std::fs::File::options().append(true).open(&path).unwrap();
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
-        let said = query_versions(&path).await.unwrap_err().reason;
-        assert!(said.contains("Text file busy"), "{said}");
+        let printed = query_versions(&path).await.unwrap_err().reason;
+        assert!(printed.contains("Text file busy"), "{printed}");
     }
 
     #[tokio::test]
     async fn of_one_that_never_stops_talking_only_the_last_words_are_kept() {
-        let said = run_to_end(Path::new("/usr/bin/yes"), &["word".to_owned()], Duration::from_secs(1)).await;
-        assert_eq!(said.unwrap_err(), "/usr/bin/yes word hangs: no end after 1 s");
+        let printed =
+            run_to_end(Path::new("/usr/bin/yes"), &["word".to_owned()], Duration::from_secs(1)).await;
+        assert_eq!(printed.unwrap_err(), "/usr/bin/yes word hangs: no end after 1 s");
         let much = tokio::io::repeat(b'a').take(64 << 20).chain(&b"at last"[..]);
-        let said = read_tail(Some(much)).await.unwrap();
-        assert!(said.ends_with("aat last") && said.len() <= 2 * MAX_OUTPUT, "{}", said.len());
+        let printed = read_tail(Some(much)).await.unwrap();
+        assert!(printed.ends_with("aat last") && printed.len() <= 2 * MAX_OUTPUT, "{}", printed.len());
     }
 }

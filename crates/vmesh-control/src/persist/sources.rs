@@ -200,9 +200,9 @@ impl SourceFiles {
             |what: Result<Vec<u8>, _>| what.map_err(|cause| PersistError::Encode(source_part(source), cause));
         let mut buckets: BTreeMap<Bucket, BTreeMap<&ServiceName, &ServiceView>> =
             written.in_doubt.iter().map(|bucket| (*bucket, BTreeMap::new())).collect();
-        for (name, seen) in &view.services {
+        for (name, service_view) in &view.services {
             if let Some(services) = buckets.get_mut(&bucket_of(name)) {
-                services.insert(name, seen);
+                services.insert(name, service_view);
             }
         }
         let mut batch = Batch::open(&paths.dir).map_err(PersistError::File)?;

@@ -51,11 +51,11 @@ impl<R: Resolve> ConsulSource<R> {
                 return self.catalog_failed(at, failure, error.into());
             }
         };
-        let seen = dc.cursor.last_index();
+        let last_index = dc.cursor.last_index();
         if !Self::accept_answer(&mut dc.cursor, &meta, was_strong, max_stale, now, &self.counters) {
             return Ok(());
         }
-        let has_moved = seen > 0 && dc.cursor.last_index() != seen;
+        let has_moved = last_index > 0 && dc.cursor.last_index() != last_index;
         let mut difference = ListDifference::default();
         dc.filtered = meta.filtered;
         match value {
@@ -228,13 +228,14 @@ impl<R: Resolve> ConsulSource<R> {
             Ok(answer) => answer,
             Err(error) => return self.service_failed(key, &error, now),
         };
-        let seen = watched.cursor.last_index();
+        let last_index = watched.cursor.last_index();
         if !Self::accept_answer(&mut watched.cursor, &answer.meta, was_strong, max_stale, now, &self.counters)
         {
             return;
         }
         let must_be_newer = std::mem::take(&mut watched.must_be_newer);
-        if must_be_newer && answer.value.is_none() && watched.cursor.last_index() == seen && !was_strong {
+        if must_be_newer && answer.value.is_none() && watched.cursor.last_index() == last_index && !was_strong
+        {
             // The server that answered has not yet seen a change that another server reported.
             watched.cursor.ask_leader();
             return;

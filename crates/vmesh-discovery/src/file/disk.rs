@@ -102,7 +102,7 @@ impl Disk {
         Disk {
             incumbents: restored
                 .clone()
-                .map(|(name, seen)| (name.clone(), file(&seen.registration)))
+                .map(|(name, service_view)| (name.clone(), file(&service_view.registration)))
                 .collect(),
             source: config.name(),
             config,
@@ -116,9 +116,11 @@ impl Disk {
             conflicts: BTreeMap::new(),
             restored: restored
                 .clone()
-                .map(|(name, seen)| (name.clone(), seen.registration.clone()))
+                .map(|(name, service_view)| (name.clone(), service_view.registration.clone()))
                 .collect(),
-            restored_parts: restored.map(|(name, seen)| (name.clone(), seen.registration.clone())).collect(),
+            restored_parts: restored
+                .map(|(name, service_view)| (name.clone(), service_view.registration.clone()))
+                .collect(),
             joined: BTreeMap::new(),
             has_warned: false,
             #[cfg(test)]

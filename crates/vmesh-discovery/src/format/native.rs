@@ -78,7 +78,7 @@ pub fn parse(input: &Input<'_>) -> ParseResult {
 /// Parses the services in `nodes`. If `several` is set, each has to state its name.
 pub(crate) fn parse_nodes(input: &Input<'_>, nodes: &[&Node], several: bool) -> ParseResult {
     let mut parsed = ParseResult::default();
-    let mut seen: BTreeMap<ServiceName, Place> = BTreeMap::new();
+    let mut first_places: BTreeMap<ServiceName, Place> = BTreeMap::new();
     let mut unnamed = Vec::new();
     for node in nodes {
         let place = node.place(input.file);
@@ -92,13 +92,13 @@ pub(crate) fn parse_nodes(input: &Input<'_>, nodes: &[&Node], several: bool) -> 
                 continue;
             }
         };
-        if let Some(first) = seen.get(&name) {
+        if let Some(first) = first_places.get(&name) {
             let message =
                 format!("a second service `{name}`: only the first one counts, in line {}", first.line);
             parsed.add_problem(place, subject_of(&name), message);
             continue;
         }
-        seen.insert(name.clone(), place.clone());
+        first_places.insert(name.clone(), place.clone());
         if let Err(problems) = service(node, &name, input, &mut parsed) {
             parsed.problems.extend(problems);
             parsed.unreadable.push(name);

@@ -416,13 +416,13 @@ fn agreed_protocol(
     most.sort_by_key(|protocol| protocol.as_str());
     let chosen = most.first().copied();
     if let (true, Some(chosen)) = (votes.len() > 1, chosen) {
-        let mut said: Vec<_> =
+        let mut protocols: Vec<_> =
             votes.iter().map(|(protocol, count)| format!("{count} of {protocol}")).collect();
-        said.sort();
+        protocols.sort();
         let message = format!(
             "its endpoints differ in protocol ({}): {chosen} is used for all; to choose another, set \
              `protocol` in a `Service` document, or set `map`",
-            said.join(", ")
+            protocols.join(", ")
         );
         problems.push(Problem::new(place.clone(), subject.clone(), message));
     }

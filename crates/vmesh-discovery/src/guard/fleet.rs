@@ -31,9 +31,9 @@ pub(super) struct FleetTracker {
 impl FleetTracker {
     /// Creates the measure of a source that listed `reported` before a restart.
     pub(super) fn restored(reported: &Registrations) -> FleetTracker {
-        let alive_count = |seen: &ServiceView| alive_count(&seen.registration);
+        let alive_count = |view: &ServiceView| alive_count(&view.registration);
         let endpoints = reported.services.values().map(alive_count).sum();
-        let services = reported.services.values().filter(|seen| alive_count(seen) > 0).count();
+        let services = reported.services.values().filter(|view| alive_count(view) > 0).count();
         FleetTracker {
             endpoints: LossWindow::starting_at(endpoints),
             services: LossWindow::starting_at(services),

@@ -232,10 +232,10 @@ impl GuardedService {
             self.peak = None;
             return (Some(reported.clone()), outcome);
         }
-        let seen = self.serve_with_missing(reported, &target, rules);
+        let view = self.serve_with_missing(reported, &target, rules);
         match self.hold_fleet_or_health(name, target.len(), rules) {
-            Some(held) => held_view(seen, held),
-            None => (Some(seen), outcome),
+            Some(held) => held_view(view, held),
+            None => (Some(view), outcome),
         }
     }
 
@@ -295,14 +295,14 @@ impl GuardedService {
             let in_time = since.is_some_and(|since| is_fleet || rules.now < *since + hold);
             endpoint.health != Health::Draining && in_time
         };
-        let seen = self.merge_served(Some(reported), target, stays);
-        let served = &seen.registration.endpoints;
+        let view = self.merge_served(Some(reported), target, stays);
+        let served = &view.registration.endpoints;
         self.missing = missing;
         self.missing.retain(|address, _| find_endpoint(served, address).is_some());
         if self.missing.is_empty() {
             self.peak = None;
         }
-        seen
+        view
     }
 
     /// Returns the hold of missing endpoints by the fleet hold of the source, or else the hold of their health. `has`
@@ -341,12 +341,12 @@ impl GuardedService {
         let since = *self.unread_since.get_or_insert(rules.now);
         (self.all_lost, self.most_lost) = (None, None);
         self.update_missing(target, rules.now);
-        let seen = self.merge_served(Some(reported), target, |endpoint| endpoint.health != Health::Draining);
-        let served = &seen.registration.endpoints;
+        let view = self.merge_served(Some(reported), target, |endpoint| endpoint.health != Health::Draining);
+        let served = &view.registration.endpoints;
         self.missing.retain(|address, _| find_endpoint(served, address).is_some());
         let has = if reported.extent == Extent::Nothing { 0 } else { target.len() };
         if served.len() == has {
-            return (Some(seen), Judgement::NotHeld);
+            return (Some(view), Judgement::NotHeld);
         }
         let why = reported.because.as_deref().unwrap_or("it cannot be read");
         let because: Arc<str> = match has {
@@ -373,11 +373,11 @@ impl GuardedService {
             confirmations: 0,
             because: because.clone(),
         };
-        let seen = match reported.extent {
-            Extent::Nothing => seen,
-            _ => ServiceView { state: State::Held, because: Some(because), ..seen },
+        let view = match reported.extent {
+            Extent::Nothing => view,
+            _ => ServiceView { state: State::Held, because: Some(because), ..view },
         };
-        (Some(seen), Judgement::Held(held))
+        (Some(view), Judgement::Held(held))
     }
 
     fn is_settled(&self) -> bool {

@@ -224,7 +224,7 @@ impl RunningPlugin {
                     };
                 }
                 text = log.next() => tracing::info!("{source}: {text}"),
-                told = stdin.write(unsent), if !unsent.is_empty() => match told {
+                written = stdin.write(unsent), if !unsent.is_empty() => match written {
                     Ok(count) => _ = unsent.drain(..count),
                     Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Err(PluginEnd::Exited(None)),
                     Err(error) => return Err(PluginEnd::Io(error)),

@@ -67,7 +67,7 @@ pub fn confirm(id: u64, services: &BTreeSet<ServiceName>) -> String {
 pub fn read(source: &Arc<str>, line: &str) -> Result<PluginLine, String> {
     match read_line(source, line) {
         Ok(PluginLine::Failed(reason)) => Ok(PluginLine::Failed(printable(&reason).into_owned())),
-        Ok(said) => Ok(said),
+        Ok(line) => Ok(line),
         Err(wrong) => Err(printable(&wrong).into_owned()),
     }
 }
@@ -83,8 +83,8 @@ fn read_line(source: &Arc<str>, line: &str) -> Result<PluginLine, String> {
         return Err(format!("column {}: {}", problem.place.column, problem.message));
     }
     let Some(root) = document.root else { return Err("the line is empty".to_owned()) };
-    let said = root.get("type").and_then(|node| node.text()).unwrap_or_default();
-    match said {
+    let line_type = root.get("type").and_then(|node| node.text()).unwrap_or_default();
+    match line_type {
         "view" => view(source, line, &root),
         "alive" => Ok(PluginLine::Alive),
         "failed" => {

@@ -96,7 +96,7 @@ impl ZookeeperState {
         };
         let known = last_good.into_iter().flat_map(|last_good| &last_good.services);
         let restored: BTreeMap<_, _> =
-            known.map(|(name, seen)| (name.clone(), seen.registration.clone())).collect();
+            known.map(|(name, service_view)| (name.clone(), service_view.registration.clone())).collect();
         ZookeeperState {
             restored_at: restored.values().map(|known| known.place.file.clone()).collect(),
             restored,
@@ -129,10 +129,10 @@ impl ZookeeperState {
     }
 
     /// Takes a view of the mirror, with one entry per root in their order.
-    pub(super) fn take(&mut self, seen: &[RootView]) {
+    pub(super) fn take(&mut self, root_views: &[RootView]) {
         let mut affected = BTreeSet::new();
-        for (index, seen) in seen.iter().enumerate() {
-            self.take_root(index, seen, &mut affected);
+        for (index, root_view) in root_views.iter().enumerate() {
+            self.take_root(index, root_view, &mut affected);
         }
         for name in affected {
             self.merge_service(&name);
@@ -143,30 +143,30 @@ impl ZookeeperState {
         self.restored.retain(|_, known| reason_unknown(&unknown, known).is_some());
     }
 
-    fn take_root(&mut self, index: usize, seen: &RootView, affected: &mut BTreeSet<Arc<str>>) {
+    fn take_root(&mut self, index: usize, root_view: &RootView, affected: &mut BTreeSet<Arc<str>>) {
         let Some(root) = self.roots.get_mut(index) else { return };
-        if root.failed != seen.failed {
-            root.failed.clone_from(&seen.failed);
+        if root.failed != root_view.failed {
+            root.failed.clone_from(&root_view.failed);
             let names = self.described_by.iter().filter(|(_, by)| by.iter().any(|(root, _)| *root == index));
             affected.extend(names.map(|(name, _)| name.clone()));
         }
-        root.was_read |= seen.failed.is_none() || seen.tree.is_some();
-        let before = std::mem::replace(&mut root.tree, seen.tree.clone());
+        root.was_read |= root_view.failed.is_none() || root_view.tree.is_some();
+        let before = std::mem::replace(&mut root.tree, root_view.tree.clone());
         let mut changed = Vec::new();
         let was_format = root.format;
         if root.config.format == ZnodeFormat::Auto
-            && let Some(tree) = &seen.tree
+            && let Some(tree) = &root_view.tree
             && before.as_ref().is_none_or(|before| !Arc::ptr_eq(before, tree))
         {
             root.format_votes = count_formats(tree);
             root.format = decide(&root.format_votes, root.format).or(root.format);
         }
         if root.format == was_format && was_format.is_some() {
-            differences(&mut String::new(), before.as_ref(), seen.tree.as_ref(), &mut changed);
+            differences(&mut String::new(), before.as_ref(), root_view.tree.as_ref(), &mut changed);
         } else {
             // Nodes parsed before the format was known or as another format are parsed again.
             differences(&mut String::new(), before.as_ref(), None, &mut changed);
-            differences(&mut String::new(), None, seen.tree.as_ref(), &mut changed);
+            differences(&mut String::new(), None, root_view.tree.as_ref(), &mut changed);
         }
         for (path, node) in changed {
             self.take_directory(index, &path, node.as_deref(), affected);
@@ -220,7 +220,7 @@ impl ZookeeperState {
         if by.is_empty() {
             self.described_by.remove(name);
         }
-        let said: Vec<(&RootState, &Arc<str>, &DirectoryState)> = by
+        let directories: Vec<(&RootState, &Arc<str>, &DirectoryState)> = by
             .iter()
             .filter_map(|(index, path)| {
                 let root = self.roots.get(*index)?;
@@ -228,7 +228,7 @@ impl ZookeeperState {
             })
             .collect();
         self.misnamed.remove(name);
-        let Some((first, path, _)) = said.first() else {
+        let Some((first, path, _)) = directories.first() else {
             self.services.remove(&**name);
             return;
         };
@@ -246,7 +246,7 @@ impl ZookeeperState {
             }
         };
         let subject = subject_of(&service);
-        let reads: Vec<(&str, &DirectoryContent)> = said
+        let reads: Vec<(&str, &DirectoryContent)> = directories
             .iter()
             .filter_map(|(_, _, known)| Some((&*known.path_name, known.good.as_deref()?)))
             .collect();
@@ -254,10 +254,10 @@ impl ZookeeperState {
         let mut problems = Vec::new();
         let parsed = combine(&service, place, &reads, weight, &mut problems);
         let stale_because =
-            said.iter().find_map(|(root, _, known)| known.failed.as_ref().or(root.failed.as_ref()));
+            directories.iter().find_map(|(root, _, known)| known.failed.as_ref().or(root.failed.as_ref()));
         let stale_because = stale_because.cloned();
-        let partial_because = said.iter().find_map(|(_, _, known)| known.partial_because.clone());
-        for (_, _, known) in &said {
+        let partial_because = directories.iter().find_map(|(_, _, known)| known.partial_because.clone());
+        for (_, _, known) in &directories {
             let about = known.problems.iter().cloned();
             problems.extend(about.map(|problem| Problem { subject: subject.clone(), ..problem }));
         }

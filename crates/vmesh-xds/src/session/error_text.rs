@@ -44,7 +44,9 @@ pub(super) fn decode_refusals(error: &rpc::Status) -> Option<agent::Refusals> {
     if any.value.len() > REFUSALS_BYTES {
         return None;
     }
-    agent::Refusals::decode(any.value.clone()).ok().filter(|said| said.refusals.len() <= REFUSALS_USED)
+    agent::Refusals::decode(any.value.clone())
+        .ok()
+        .filter(|refusals| refusals.refusals.len() <= REFUSALS_USED)
 }
 
 /// Returns, for each name, whether the error text blames it.

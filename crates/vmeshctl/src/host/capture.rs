@@ -190,10 +190,12 @@ pub(crate) fn run(command: &mut Command) -> Result<String, HostError> {
     };
     let name = shown();
     let output = command.output().map_err(|cause| HostError::Run { command: name.clone(), cause })?;
-    let (said, wrong) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (printed, wrong) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     match output.status.success() {
-        true => Ok(said.into_owned()),
-        false => Err(HostError::Failed { command: name, said: format!("{wrong}{said}").trim().to_owned() }),
+        true => Ok(printed.into_owned()),
+        false => {
+            Err(HostError::Failed { command: name, output: format!("{wrong}{printed}").trim().to_owned() })
+        }
     }
 }
 

@@ -68,8 +68,8 @@ pub(crate) enum HostError {
         #[source]
         cause: std::io::Error,
     },
-    #[error("{command} failed: {said}")]
-    Failed { command: String, said: String },
+    #[error("{command} failed: {output}")]
+    Failed { command: String, output: String },
     #[error("{unit}'s change is taken back, and its files are as they were: {why}")]
     TakenBack { unit: &'static str, why: String },
     #[error("{0}")]

@@ -94,14 +94,14 @@ pub(super) fn record(member: &Member<'_>, place: Place, rules: &RecordRules) -> 
         }
     }
     let value = Value::Object(value);
-    let said = text_at(&value, &map.version, &[]).or_else(|| version.map(str::to_owned));
+    let version_text = text_at(&value, &map.version, &[]).or_else(|| version.map(str::to_owned));
     let (weight, note) = weight_at(&value, &map.weight, &["weight"]);
     let record = Record {
         weight,
         note,
         health,
         zone: text_at(&value, &map.zone, &["zone", "region"]).map(Into::into),
-        version: said.map(Into::into),
+        version: version_text.map(Into::into),
         labels,
         ..Record::new(address, place)
     };

@@ -61,14 +61,14 @@ impl ResolverChange<'_> {
         let live = self.names.is_some();
         let ran = live && is_active(self.unit);
         let mut done = Vec::new();
-        let mut said = String::new();
+        let mut report = String::new();
         let mut changed = Ok(());
         for (path, wanted) in &self.files {
             match apply_file(path, wanted) {
                 Ok(None) => {}
                 Ok(Some((before, what))) => {
                     done.push(before);
-                    said += &format!("{what} {}\n", path.display());
+                    report += &format!("{what} {}\n", path.display());
                 }
                 Err(error) => {
                     changed = Err(error);
@@ -81,11 +81,11 @@ impl ResolverChange<'_> {
             return Err(error);
         }
         if done.is_empty() || !live {
-            return Ok(said);
+            return Ok(report);
         }
         // A stopped resolver reads the files when it is started.
         if !ran {
-            return Ok(said);
+            return Ok(report);
         }
         let restarted = restart(self.unit);
         let verdict = match restarted {
@@ -93,8 +93,8 @@ impl ResolverChange<'_> {
             Ok(_) => wait_until_resolved(self.unit, &found),
         };
         let Err(why) = verdict else {
-            said += &format!("restarted {}\n", self.unit);
-            return Ok(said);
+            report += &format!("restarted {}\n", self.unit);
+            return Ok(report);
         };
         roll_back(&done);
         let again = match restart(self.unit) {

@@ -194,9 +194,9 @@ async fn watch(args: &DnsArgs) -> Result<String, HostError> {
             }
         }
         match sync(&args.root, &settings).await {
-            Ok(said) => {
-                if !said.is_empty() {
-                    print!("{said}");
+            Ok(report) => {
+                if !report.is_empty() {
+                    print!("{report}");
                 }
                 last.clear();
             }
@@ -207,10 +207,10 @@ async fn watch(args: &DnsArgs) -> Result<String, HostError> {
 }
 
 /// Prints a message, unless it is equal to the previous one.
-fn print_once(last: &mut String, said: String) {
-    if *last != said {
-        eprintln!("{said}");
-        *last = said;
+fn print_once(last: &mut String, report: String) {
+    if *last != report {
+        eprintln!("{report}");
+        *last = report;
     }
 }
 
@@ -250,8 +250,8 @@ async fn enable(
         Resolver::Resolved => match resolver::for_this_resolved(&args.root, live(args), server, suffix) {
             // A resolver that cannot forward a single zone keeps its configuration: the names go into the hosts file instead.
             Err(HostError::Cannot(why)) if resolver == Resolver::Auto => {
-                let said = enable_hosts(args, settings).await?;
-                return Ok(format!("{why}\nSo the names go to {HOSTS}, as by `--resolver hosts`.\n{said}"));
+                let report = enable_hosts(args, settings).await?;
+                return Ok(format!("{why}\nSo the names go to {HOSTS}, as by `--resolver hosts`.\n{report}"));
             }
             wiring => wiring?,
         },
@@ -263,8 +263,9 @@ async fn enable(
     let names = live(args).then(|| foreign_names(&args.root, keep, &settings.control_planes));
     let files =
         wiring.files.into_iter().map(|(file, text)| (path_below(&args.root, file), DesiredFile::Text(text)));
-    let said = ResolverChange { files: files.collect(), unit: wiring.unit, names: names.as_ref() }.apply()?;
-    Ok(format!("{said}{} asks {server} for names below {suffix}\n", name_of(wiring.unit)))
+    let report =
+        ResolverChange { files: files.collect(), unit: wiring.unit, names: names.as_ref() }.apply()?;
+    Ok(format!("{report}{} asks {server} for names below {suffix}\n", name_of(wiring.unit)))
 }
 
 fn name_of(unit: &str) -> &str {
@@ -272,11 +273,11 @@ fn name_of(unit: &str) -> &str {
 }
 
 async fn enable_hosts(args: &DnsArgs, settings: &Settings) -> Result<String, HostError> {
-    let said = sync(&args.root, settings).await?;
+    let report = sync(&args.root, settings).await?;
     if live(args) {
         run(host_program("systemctl").args(["enable", "--now", HOSTS_UNIT]))?;
     }
-    Ok(format!("{said}{HOSTS_UNIT} keeps the block up to date\n"))
+    Ok(format!("{report}{HOSTS_UNIT} keeps the block up to date\n"))
 }
 
 fn live(args: &DnsArgs) -> bool {
@@ -284,7 +285,7 @@ fn live(args: &DnsArgs) -> bool {
 }
 
 fn disable(args: &DnsArgs, keep: &[String]) -> Result<String, HostError> {
-    let mut said = String::new();
+    let mut report = String::new();
     if live(args) {
         // Disabling fails if the unit is not enabled, which is fine.
         _ = run(host_program("systemctl").args(["disable", "--now", HOSTS_UNIT]));
@@ -295,7 +296,7 @@ fn disable(args: &DnsArgs, keep: &[String]) -> Result<String, HostError> {
             without_hosts_block(&hosts).map_err(|cause| HostError::Marks { path: path.clone(), cause })?;
         if without != hosts {
             replace(&path, &without)?;
-            said += &format!("took the block of vmesh out of {}\n", path.display());
+            report += &format!("took the block of vmesh out of {}\n", path.display());
         }
     }
     let names = live(args).then(|| foreign_names(&args.root, keep, &[]));
@@ -304,18 +305,18 @@ fn disable(args: &DnsArgs, keep: &[String]) -> Result<String, HostError> {
         let files = FILES.into_iter().filter(|(_, of)| *of == unit);
         let files = files.map(|(file, _)| (path_below(&args.root, file), DesiredFile::Absent)).collect();
         match (ResolverChange { files, unit, names: names.as_ref() }).apply() {
-            Ok(done) => said += &done,
+            Ok(done) => report += &done,
             Err(error) => failed = Some(error),
         }
     }
     if let Some(error) = failed {
-        print!("{said}");
+        print!("{report}");
         return Err(error);
     }
-    if said.is_empty() {
-        said.push_str("there was nothing of vmesh to take away\n");
+    if report.is_empty() {
+        report.push_str("there was nothing of vmesh to take away\n");
     }
-    Ok(said)
+    Ok(report)
 }
 
 /// Replaces a file of the host. Follows a symbolic link, and keeps the owner and the mode.
@@ -494,8 +495,8 @@ mod tests {
                 root(&[("/etc/resolv.conf", STUB), (dir, ""), ("/etc/hosts", "127.0.0.1 localhost\n")]);
             let before = files(&root);
             let settings = Settings::built_in();
-            let said = enable(&ask(&root), &settings, resolver, &[]).await.unwrap();
-            assert!(said.contains("wrote"), "{said}");
+            let report = enable(&ask(&root), &settings, resolver, &[]).await.unwrap();
+            assert!(report.contains("wrote"), "{report}");
             assert!(files(&root).len() > before.len());
             let again = enable(&ask(&root), &settings, resolver, &[]).await.unwrap();
             assert!(!again.contains("wrote"), "{again}");
@@ -529,8 +530,8 @@ mod tests {
         let written = std::fs::read_to_string(root.join("etc/dnsmasq.d/vmesh.conf")).unwrap();
         assert!(written.contains("server=/svc.corp/127.0.0.1#5454\n"), "{written}");
         let silent = Settings { server: None, ..settings };
-        let said = enable(&ask(&root), &silent, Resolver::Dnsmasq, &[]).await.unwrap_err().to_string();
-        assert!(said.contains("answers no names"), "{said}");
+        let report = enable(&ask(&root), &silent, Resolver::Dnsmasq, &[]).await.unwrap_err().to_string();
+        assert!(report.contains("answers no names"), "{report}");
     }
 
     /// Answers one request with `body`.
@@ -565,8 +566,8 @@ mod tests {
                 }
             };
             std::fs::write(root.join("etc/hosts"), "127.0.0.1 localhost\n").unwrap();
-            let (said, ()) = tokio::join!(sync(&root, &settings), serve);
-            assert!(said.unwrap().starts_with("wrote 2 names"));
+            let (report, ()) = tokio::join!(sync(&root, &settings), serve);
+            assert!(report.unwrap().starts_with("wrote 2 names"));
             let hosts = std::fs::read_to_string(root.join("etc/hosts")).unwrap();
             assert!(hosts.contains("240.0.0.1 orders.mesh\n"), "{hosts}");
         }
@@ -575,10 +576,12 @@ mod tests {
             suffix: "svc.corp".parse().unwrap(),
             ..Settings::built_in()
         };
-        let (said, ()) = tokio::join!(sync(&root, &settings), async {
+        let (report, ()) = tokio::join!(sync(&root, &settings), async {
             answer(tcp.accept().await.unwrap().0, names).await;
         });
-        assert!(said.unwrap_err().to_string().contains("none of the agent's 2 names ends with `.svc.corp`"));
+        assert!(
+            report.unwrap_err().to_string().contains("none of the agent's 2 names ends with `.svc.corp`")
+        );
     }
 
     #[test]

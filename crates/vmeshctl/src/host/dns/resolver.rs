@@ -217,8 +217,8 @@ impl ResolvedServers {
 }
 
 /// Parses a version such as `systemd 252 (252.38-1~deb12u1)`.
-fn resolved_version(said: &str) -> Option<u32> {
-    said.split_whitespace().nth(1)?.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+fn resolved_version(printed: &str) -> Option<u32> {
+    printed.split_whitespace().nth(1)?.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
 fn value<'a>(line: &'a str, key: &str) -> Option<&'a str> {

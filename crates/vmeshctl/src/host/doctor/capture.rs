@@ -155,12 +155,12 @@ pub(super) fn foreign_rules(facts: &Facts) -> Verdict {
     let legacy = facts.out(HostCommand::LegacyRules).unwrap_or_default();
     // A chain without rules has no effect.
     let chains = legacy.lines().filter_map(|line| line.strip_prefix("-A ")?.split_whitespace().next());
-    let mut seen: BTreeSet<(String, &str, String)> = BTreeSet::new();
+    let mut foreign_chains: BTreeSet<(String, &str, String)> = BTreeSet::new();
     let mesh =
         |chain: &str| MESHES.iter().find(|(prefix, _)| chain.starts_with(prefix)).map(|(_, mesh)| *mesh);
     for chain in chains {
         if let Some(mesh) = mesh(chain) {
-            seen.insert((chain.to_owned(), mesh, "iptables-legacy -t nat -F CHAIN".to_owned()));
+            foreign_chains.insert((chain.to_owned(), mesh, "iptables-legacy -t nat -F CHAIN".to_owned()));
         }
     }
     for chain in chains_of(nft) {
@@ -169,7 +169,7 @@ pub(super) fn foreign_rules(facts: &Facts) -> Verdict {
         }
         if let Some(mesh) = mesh(chain.name).filter(|_| chain.has_rules()) {
             let delete = format!("nft flush chain {} {}", chain.table, chain.name);
-            seen.insert((chain.name.to_owned(), mesh, delete));
+            foreign_chains.insert((chain.name.to_owned(), mesh, delete));
         } else if chain.hooked_before(OURS) && chain.redirects() {
             found.push(wrong(
                 format!(
@@ -185,10 +185,10 @@ pub(super) fn foreign_rules(facts: &Facts) -> Verdict {
         }
     }
     // Report one chain per mesh, since the same fix removes the other chains.
-    let mut told = BTreeSet::new();
-    for (chain, mesh, delete) in &seen {
-        if told.insert(*mesh) {
-            let others = seen.iter().filter(|(_, other, _)| other == mesh).count() - 1;
+    let mut reported_meshes = BTreeSet::new();
+    for (chain, mesh, delete) in &foreign_chains {
+        if reported_meshes.insert(*mesh) {
+            let others = foreign_chains.iter().filter(|(_, other, _)| other == mesh).count() - 1;
             let more = if others == 0 { String::new() } else { format!(" and {others} more") };
             found.push(wrong(
                 format!("{mesh}'s chain {chain}{more} is on this host"),
@@ -206,7 +206,7 @@ pub(super) fn foreign_rules(facts: &Facts) -> Verdict {
     let by_legacy = legacy.lines().any(|line| line.starts_with("-A "));
     if by_legacy
         && nft.contains("hook output")
-        && !seen.iter().any(|(_, _, fix)| fix.starts_with("iptables-legacy"))
+        && !foreign_chains.iter().any(|(_, _, fix)| fix.starts_with("iptables-legacy"))
     {
         found.push(warning(
             "rules of iptables-legacy are there beside those of nftables",

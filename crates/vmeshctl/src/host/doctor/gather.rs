@@ -281,8 +281,8 @@ fn answer_of(peer: &Peer, path: &str, answer: Result<(StatusCode, Bytes), FetchE
         format!("{peer}: {}", why.split_once("; because: ").map_or(why.as_str(), |(_, because)| because))
     })?;
     if status != StatusCode::OK {
-        let said = String::from_utf8_lossy(&body);
-        return Err(format!("{peer}{path} answered {status}: {}", said.trim()));
+        let answer_text = String::from_utf8_lossy(&body);
+        return Err(format!("{peer}{path} answered {status}: {}", answer_text.trim()));
     }
     serde_json::from_slice(&body).map_err(|error| format!("{peer}{path} answered no JSON: {error}"))
 }

@@ -90,7 +90,7 @@ pub(super) fn units(facts: &Facts) -> Verdict {
         found.push(wrong(problem.what.clone(), effect, fix).marked_as(RootCause::AgentConfig));
     }
     let systemd = facts.out(HostCommand::Systemd).ok();
-    let version = systemd.and_then(|said| said.split_whitespace().nth(1)?.parse::<u32>().ok());
+    let version = systemd.and_then(|printed| printed.split_whitespace().nth(1)?.parse::<u32>().ok());
     if let Some(version) = version.filter(|version| *version < OLDEST_SYSTEMD) {
         found.push(warning(
             format!("systemd is {version}, older than {OLDEST_SYSTEMD}"),
@@ -329,8 +329,8 @@ pub(super) fn clock(facts: &Facts) -> Verdict {
         // A container uses the clock of its host.
         return Err(Skip::NotApplicable);
     }
-    let said = facts.out(HostCommand::Clock)?;
-    if said.lines().any(|line| line.trim() == "NTPSynchronized=no") {
+    let printed = facts.out(HostCommand::Clock)?;
+    if printed.lines().any(|line| line.trim() == "NTPSynchronized=no") {
         return Ok(vec![warning(
             "the clock is not synchronized",
             "times in logs and ages are not to be relied on; certificates of a later version will be refused",

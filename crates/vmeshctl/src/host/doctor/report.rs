@@ -184,7 +184,8 @@ fn printable_lines(text: &str) -> String {
 /// Returns the subject of the report, such as `node web-17 (agent 0.1.0, envoy 1.40.0)`.
 fn subject(facts: &Facts) -> String {
     let agent = facts.answer(HttpQuery::Agent).ok().and_then(|status| status.get("version")?.as_str());
-    let installed = facts.out(HostCommand::Version).ok().and_then(|said| said.split_whitespace().nth(1));
+    let installed =
+        facts.out(HostCommand::Version).ok().and_then(|printed| printed.split_whitespace().nth(1));
     let envoy = super::envoy::version_of(facts);
     let mut parts = Vec::new();
     parts.extend(agent.or(installed).map(|version| format!("agent {version}")));
