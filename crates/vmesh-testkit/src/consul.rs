@@ -25,7 +25,7 @@ use tokio::time::timeout;
 use crate::debian::{self, Deb};
 use crate::place::{TempDir, tempdir};
 use crate::process::Daemon;
-use crate::servers::{Server, Servers};
+use crate::servers::{Server, Servers, TlsFiles};
 use crate::{Failed, Result, cache, wait_for};
 
 const DEB: Deb = Deb {
@@ -59,14 +59,6 @@ impl Default for Options {
     fn default() -> Self {
         Options { servers: 1, datacenter: "dc1", acl: false, tls: false, max_connections: None }
     }
-}
-
-/// The files of a certificate authority that signed the servers' certificates, and of a client certificate.
-#[derive(Debug, Clone)]
-pub struct TlsFiles {
-    pub ca: PathBuf,
-    pub cert: PathBuf,
-    pub key: PathBuf,
 }
 
 /// A single server or a cluster, in one datacenter.

@@ -9,6 +9,14 @@ use crate::place::Loopback;
 use crate::process::Daemon;
 use crate::{Failed, Result, wait_for};
 
+/// The files of a certificate authority that signed the servers' certificates, and of a client certificate.
+#[derive(Debug, Clone)]
+pub struct TlsFiles {
+    pub ca: PathBuf,
+    pub cert: PathBuf,
+    pub key: PathBuf,
+}
+
 /// The time limit of a start on a busy machine. It includes an election, and for ZooKeeper the start of a
 /// JVM.
 const SERVING: Duration = Duration::from_secs(60);

@@ -22,7 +22,7 @@ pub use client::{Client, Kind};
 use crate::debian::{self, Deb};
 use crate::place::{Loopback, TempDir, tempdir};
 use crate::process::Daemon;
-use crate::servers::Servers;
+use crate::servers::{Servers, TlsFiles};
 use crate::{Failed, Result, cache, wait_for};
 
 const CLIENT_PORT: u16 = 2181;
@@ -136,14 +136,6 @@ impl Default for Options {
     fn default() -> Self {
         Options { version: Version::V3_8, servers: 1, tls: false, sasl: None, read_only: false }
     }
-}
-
-/// The files of a certificate authority that signed the servers' certificates, and of a client certificate.
-#[derive(Debug, Clone)]
-pub struct TlsFiles {
-    pub ca: PathBuf,
-    pub cert: PathBuf,
-    pub key: PathBuf,
 }
 
 /// A single server or an ensemble.

@@ -277,9 +277,9 @@ async fn diagnosis(config: &Config) -> String {
         });
     }
     if servers.len() > AT_MOST {
-        message.push(format!("and {} more", servers.len() - AT_MOST));
+        reasons.push(format!("and {} more", servers.len() - AT_MOST));
     }
-    message.join("; ")
+    reasons.join("; ")
 }
 
 /// Shortens a system error: removes the number at its end and the prefix that std adds to errors of
