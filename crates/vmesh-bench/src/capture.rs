@@ -247,7 +247,7 @@ async fn measure_changes(services: usize, endpoints: usize, per_second: u32) -> 
     Ok(())
 }
 
-/// Starts the daemons of `vm` and waits until `addresses` are captured. Returns the time that this took.
+/// Starts the daemons of `vm` and waits until `addresses` are captured. Returns the time from the start until then.
 async fn start_capturing(vm: &mut Vm, addresses: usize) -> Result<Duration> {
     let began = Instant::now();
     vm.start_net()?;

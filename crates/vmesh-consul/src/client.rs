@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use tokio::time::timeout;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::config::{Address, Config};
+use crate::counters::Counters;
 use crate::credentials::{Credentials, Revision};
 use crate::error::{ConsulError, ErrorKind};
 use crate::pool::{Lease, Pool, unreachable};
@@ -38,20 +39,6 @@ pub const MARGIN: Duration = Duration::from_secs(10);
 const LEADER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Consul's own limit for the wait of a blocking query.
 pub const MAX_WAIT: Duration = Duration::from_secs(600);
-
-/// Counters since the start.
-#[derive(Debug, Default)]
-pub struct Counters {
-    pub requests: AtomicU64,
-    /// Requests without a usable answer.
-    pub failures: AtomicU64,
-    /// Connections made.
-    pub connects: AtomicU64,
-    /// Connections that are open now.
-    pub connections: AtomicU64,
-    /// The number of answers with an index that went back or was missing.
-    pub index_resets: AtomicU64,
-}
 
 /// The consistency of a read: which servers may answer it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

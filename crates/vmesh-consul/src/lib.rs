@@ -18,6 +18,7 @@
 pub mod agent;
 pub mod client;
 pub mod config;
+mod counters;
 mod credentials;
 pub mod cursor;
 pub mod error;
@@ -26,8 +27,9 @@ mod pool;
 pub mod watch;
 
 pub use agent::{Check, CheckStatus, Registration, Weights};
-pub use client::{Answer, Body, Client, Consistency, Counters, Meta, Query, escaped};
+pub use client::{Answer, Body, Client, Consistency, Meta, Query, escaped};
 pub use config::{Address, Addresses, Config, MaxConnections, Tls};
+pub use counters::Counters;
 pub use cursor::{Cursor, Verdict};
 pub use error::{ConsulError, ErrorKind};
 pub use kv::{Entries, Entry};

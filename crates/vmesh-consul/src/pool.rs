@@ -23,8 +23,8 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
 
-use crate::Counters;
 use crate::config::Address;
+use crate::counters::Counters;
 use crate::credentials::Revision;
 use crate::error::ErrorKind;
 

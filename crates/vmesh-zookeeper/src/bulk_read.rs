@@ -10,9 +10,9 @@ use bytes::Bytes;
 use tokio::task::JoinSet;
 use zookeeper_client as zk;
 
-use crate::mirror::Root;
+use crate::root::Root;
 use crate::session::{describe, is_of_session};
-use crate::tree::{ChildrenUpdate, NodeContent, Owner, PathContent, Stat, join, segments};
+use crate::tree::{ChildrenUpdate, NodeContent, Owner, PathContent, Stat, join};
 
 /// The limit of requests in flight. A server queues 1,000 requests before it stops reading from all clients,
 /// and up to this many replies, which the client bounds one by one (8 MiB), are in memory together.
@@ -296,9 +296,4 @@ impl Findings {
             content.children = ChildrenUpdate::Unchanged;
         });
     }
-}
-
-/// Returns how many levels `path` is below `root`; both are absolute. The root itself has depth 0.
-pub(crate) fn depth(root: &str, path: &str) -> usize {
-    segments(path).count().saturating_sub(segments(root).count())
 }

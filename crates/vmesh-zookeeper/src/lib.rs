@@ -15,7 +15,7 @@
 //!   only one-shot watches). ZooKeeper would not replay the events missed meanwhile anyway. So after each
 //!   reconnect a [`Mirror`] sets new watches, drops the old watches, and reads all nodes again.
 //!   (`mirror::the_client_alone_loses_its_watch_when_its_server_is_killed`)
-//! - It bounds each reply (8 MiB), but not the number of nodes; [`mirror::Root`] does that.
+//! - It bounds each reply (8 MiB), but not the number of nodes; [`Root`] does that.
 //! - It panics if its own session task has ended; a [`Mirror`] or a [`Holder`] then opens a new session.
 //!
 //! **Invariant:** no noun of the mesh, and no other crate of vmesh than `vmesh-backoff`: `cargo tree -p
@@ -25,11 +25,13 @@ mod bulk_read;
 pub mod config;
 pub mod holder;
 pub mod mirror;
+mod root;
 pub mod session;
 pub mod tree;
 
 pub use config::Config;
 pub use holder::Holder;
-pub use mirror::{Mirror, Root, View};
+pub use mirror::{Mirror, View};
+pub use root::Root;
 pub use session::{Error, SessionEvent};
 pub use tree::{Node, Owner, Stat};

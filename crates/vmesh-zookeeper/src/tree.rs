@@ -258,6 +258,11 @@ pub(crate) fn put(tree: &mut Option<Arc<Node>>, path: &str, node: Option<Arc<Nod
     }
 }
 
+/// Returns how many levels `path` is below `root`; both are absolute. The root itself has depth 0.
+pub(crate) fn depth(root: &str, path: &str) -> usize {
+    segments(path).count().saturating_sub(segments(root).count())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
