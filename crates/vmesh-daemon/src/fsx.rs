@@ -17,9 +17,9 @@ const TEMPORARY: &str = ".vmesh-tmp";
 
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
-    #[error("could not {what} {}", .path.display())]
+    #[error("could not {action} {}", .path.display())]
     Failed {
-        what: &'static str,
+        action: &'static str,
         path: PathBuf,
         #[source]
         cause: io::Error,
@@ -57,7 +57,7 @@ impl FileError {
 /// its mode, since an operator may have given its group access.
 pub fn make_private_dir(path: &Path) -> Result<(), FileError> {
     use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-    let failed = |what, cause| FileError::Failed { what, path: path.to_owned(), cause };
+    let failed = |action, cause| FileError::Failed { action, path: path.to_owned(), cause };
     if let Ok(metadata) = std::fs::metadata(path)
         && metadata.is_dir()
     {
@@ -116,7 +116,7 @@ pub fn lock(path: &Path) -> Result<File, LockError> {
 /// call it through `spawn_blocking` from a task.
 pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     let Some(name) = path.file_name() else {
-        return Err(FileError::Failed { what: "write", path: path.to_owned(), cause: Errno::ISDIR.into() });
+        return Err(FileError::Failed { action: "write", path: path.to_owned(), cause: Errno::ISDIR.into() });
     };
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -124,7 +124,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(), File
     };
     let mut batch = Batch::open(parent).map_err(|error| match error {
         FileError::Failed { cause, .. } => {
-            FileError::Failed { what: "open the directory of", path: path.to_owned(), cause }
+            FileError::Failed { action: "open the directory of", path: path.to_owned(), cause }
         }
         error @ FileError::TooLarge { .. } => error,
     })?;
@@ -164,15 +164,15 @@ impl Batch {
     pub fn open(path: &Path) -> Result<Batch, FileError> {
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
         let dir = rustix::fs::open(path, flags, Mode::empty()).map_err(|cause| FileError::Failed {
-            what: "open the directory",
+            action: "open the directory",
             path: path.to_owned(),
             cause: cause.into(),
         })?;
         Ok(Batch { path: path.to_owned(), dir, steps: Vec::new(), unsynced: Vec::new(), is_large: false })
     }
 
-    fn failed(&self, what: &'static str, name: &OsStr, cause: io::Error) -> FileError {
-        FileError::Failed { what, path: self.path.join(name), cause }
+    fn failed(&self, action: &'static str, name: &OsStr, cause: io::Error) -> FileError {
+        FileError::Failed { action, path: self.path.join(name), cause }
     }
 
     /// Stages the new content of the file `name`.
@@ -227,7 +227,7 @@ impl Batch {
         self.steps.extend(steps);
         outcome?;
         rustix::fs::fsync(&self.dir).map_err(|cause| FileError::Failed {
-            what: "sync the directory",
+            action: "sync the directory",
             path: self.path.clone(),
             cause: cause.into(),
         })
@@ -283,7 +283,7 @@ fn temporary_name(name: &OsStr) -> OsString {
 
 /// Removes the temporary files that a killed process left in `dir`. Call it at the start, on a directory that belongs to this daemon alone.
 pub fn sweep(dir: &Path) -> Result<(), FileError> {
-    let fail = |cause| FileError::Failed { what: "list", path: dir.to_owned(), cause };
+    let fail = |cause| FileError::Failed { action: "list", path: dir.to_owned(), cause };
     for entry in std::fs::read_dir(dir).map_err(fail)? {
         let entry = entry.map_err(fail)?;
         let name = entry.file_name();
@@ -299,7 +299,7 @@ pub fn sweep(dir: &Path) -> Result<(), FileError> {
 
 /// Reads the file `path`. A file with more than `limit` bytes is an error. Never blocks on a FIFO without a writer.
 pub fn read_capped(path: &Path, limit: u64) -> Result<Vec<u8>, FileError> {
-    let fail = |cause| FileError::Failed { what: "read", path: path.to_owned(), cause };
+    let fail = |cause| FileError::Failed { action: "read", path: path.to_owned(), cause };
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = File::from(rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| fail(errno.into()))?);
     if !file.metadata().map_err(fail)?.is_file() {

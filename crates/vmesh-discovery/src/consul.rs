@@ -343,7 +343,10 @@ impl<R: Resolve> ConsulSource<R> {
         }
         heard?;
         if let Some(failure) = self.plan.datacenters.get(at).and_then(|dc| dc.failure.clone()) {
-            return Err(SourceError::Suspect { source_name: self.name.clone(), what: failure.to_string() });
+            return Err(SourceError::Suspect {
+                source_name: self.name.clone(),
+                suspicion: failure.to_string(),
+            });
         }
         let mut left: Vec<ServiceKey> = wanted.iter().map(|name| (at, name.clone())).collect();
         let mut reads: JoinSet<(ServiceKey, ServiceAnswer)> = JoinSet::new();
@@ -370,8 +373,12 @@ impl<R: Resolve> ConsulSource<R> {
         }
     }
 
-    fn failed(&self, what: &str, cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> SourceError {
-        SourceError::Failed { source_name: self.name.clone(), what: what.to_owned(), cause: cause.into() }
+    fn failed(
+        &self,
+        action: &str,
+        cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> SourceError {
+        SourceError::Failed { source_name: self.name.clone(), action: action.to_owned(), cause: cause.into() }
     }
 }
 
@@ -437,7 +444,7 @@ impl<R: Resolve> Source for ConsulSource<R> {
             (None, Some(last_view)) => Ok(last_view.clone()),
             (None, None) => Err(SourceError::Suspect {
                 source_name: self.name.clone(),
-                what: "not every service has been read yet".to_owned(),
+                suspicion: "not every service has been read yet".to_owned(),
             }),
         }
     }

@@ -131,8 +131,8 @@ impl<R: Resolve> FileSource<R> {
 
     fn scan_panicked(&mut self, panicked: JoinError) -> SourceError {
         self.is_behind = true;
-        let what = "scan its files".to_owned();
-        SourceError::Failed { source_name: self.name.clone(), what, cause: panicked.into() }
+        let action = "scan its files".to_owned();
+        SourceError::Failed { source_name: self.name.clone(), action, cause: panicked.into() }
     }
 
     /// Takes the result of a scan. After a failure the next scan is due at once; the caller of
@@ -237,7 +237,7 @@ impl<R: Resolve> Source for FileSource<R> {
             (None, Some(last_view)) => Ok(last_view.clone()),
             (None, None) => Err(SourceError::Suspect {
                 source_name: self.name.clone(),
-                what: "a file is being written at the moment".to_owned(),
+                suspicion: "a file is being written at the moment".to_owned(),
             }),
         }
     }

@@ -183,7 +183,7 @@ impl Source for PluginSource {
                 let now = self.view(Instant::now());
                 return now.or_else(|| self.last_view.clone()).ok_or_else(|| SourceError::Suspect {
                     source_name: self.name.clone(),
-                    what: "its names are still looked up".to_owned(),
+                    suspicion: "its names are still looked up".to_owned(),
                 });
             }
         }

@@ -48,17 +48,17 @@ pub trait Source: Send + 'static {
 /// on.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    #[error("discovery source `{}` could not {}", printable(source_name), printable(what))]
+    #[error("discovery source `{}` could not {}", printable(source_name), printable(action))]
     Failed {
         source_name: Arc<str>,
         /// The attempted action, for example `read /etc/vmesh/services.d`.
-        what: String,
+        action: String,
         #[source]
         cause: Box<dyn Error + Send + Sync>,
     },
     /// The source answered, but the answer looks like an accident.
-    #[error("discovery source `{}`: {}", printable(source_name), printable(what))]
-    Suspect { source_name: Arc<str>, what: String },
+    #[error("discovery source `{}`: {}", printable(source_name), printable(suspicion))]
+    Suspect { source_name: Arc<str>, suspicion: String },
 }
 
 /// The state of a source: its last good view, and whether that view is current.

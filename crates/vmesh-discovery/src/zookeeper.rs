@@ -87,7 +87,7 @@ impl<R: Resolve> ZookeeperSource<R> {
         };
         let counted = counters.clone();
         ZookeeperSource {
-            mirror: Mirror::new(config.client(), roots, move |what| count(&counted, what)),
+            mirror: Mirror::new(config.client(), roots, move |event| count(&counted, event)),
             counters,
             state: ZookeeperState::new(name.clone(), config.roots, last_good),
             assembler: Assembler::new(name.clone(), resolver, config.resolve_interval, last_good),
@@ -107,11 +107,11 @@ impl<R: Resolve> ZookeeperSource<R> {
 
     fn failed(
         &mut self,
-        what: &str,
+        action: &str,
         cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> SourceError {
         self.has_failed = true;
-        SourceError::Failed { source_name: self.name.clone(), what: what.to_owned(), cause: cause.into() }
+        SourceError::Failed { source_name: self.name.clone(), action: action.to_owned(), cause: cause.into() }
     }
 
     /// Handles a view of the mirror.
@@ -142,8 +142,8 @@ impl<R: Resolve> ZookeeperSource<R> {
         self.counters.bad_records.fetch_add(self.state.take_bad_records(), Relaxed);
         if let Some((path, why)) = self.state.unknown_root() {
             // Serving the other roots would claim that this root has no services.
-            let (what, why) = (format!("read {path}, which has not been read yet"), why.to_string());
-            return Err(self.failed(&what, why));
+            let (action, why) = (format!("read {path}, which has not been read yet"), why.to_string());
+            return Err(self.failed(&action, why));
         }
         self.has_read = true;
         self.statement = self.state.statement();
@@ -204,8 +204,8 @@ impl<R: Resolve> ZookeeperSource<R> {
     }
 }
 
-fn count(counters: &Counters, what: SessionEvent) {
-    match what {
+fn count(counters: &Counters, event: SessionEvent) {
+    match event {
         SessionEvent::Reads(by) => _ = counters.reads.fetch_add(by, Relaxed),
         SessionEvent::FailedReads(by) => _ = counters.failed_reads.fetch_add(by, Relaxed),
         SessionEvent::Connected => {
@@ -261,7 +261,7 @@ impl<R: Resolve> Source for ZookeeperSource<R> {
             (None, Some(last_view)) => Ok(last_view.clone()),
             (None, None) => Err(SourceError::Suspect {
                 source_name: self.name.clone(),
-                what: "not everything has been read yet".to_owned(),
+                suspicion: "not everything has been read yet".to_owned(),
             }),
         }
     }

@@ -114,7 +114,7 @@ impl Holder {
     pub async fn withdraw(mut self, within: Duration) -> Result<(), Error> {
         let (reply, done) = oneshot::channel();
         let timed_out = |why: String| Error::Request {
-            what: "withdraw the node",
+            action: "withdraw the node",
             path: match self.status() {
                 HolderStatus::Held(path) => path.to_string(),
                 _ => "that is held".to_owned(),

@@ -54,8 +54,8 @@ pub enum Error {
     )]
     Refused { servers: String },
     /// A request for a node failed: `could not read /services: ..`.
-    #[error("could not {what} {path}: {why}")]
-    Request { what: &'static str, path: String, why: String },
+    #[error("could not {action} {path}: {why}")]
+    Request { action: &'static str, path: String, why: String },
     #[error(
         "ZooKeeper ({0}) is older than 3.6 and has no persistent watches: set `watch` to auto or one-shot"
     )]
@@ -71,8 +71,8 @@ pub enum Error {
 }
 
 impl Error {
-    pub(crate) fn request(what: &'static str, path: &str, cause: &zk::Error) -> Error {
-        Error::Request { what, path: path.to_owned(), why: describe(cause) }
+    pub(crate) fn request(action: &'static str, path: &str, cause: &zk::Error) -> Error {
+        Error::Request { action, path: path.to_owned(), why: describe(cause) }
     }
 
     /// Returns the error and its cause in one line.

@@ -109,7 +109,7 @@ impl SourceFiles {
     /// Removes leftovers of crashed writers from the sources' directories.
     pub(super) fn sweep(state_dir: &Path) -> Result<(), FileError> {
         let root = state_dir.join("sources");
-        let failed = |cause| FileError::Failed { what: "list", path: root.clone(), cause };
+        let failed = |cause| FileError::Failed { action: "list", path: root.clone(), cause };
         let entries = match std::fs::read_dir(&root) {
             Ok(entries) => entries,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
@@ -177,7 +177,7 @@ impl SourceFiles {
             match std::fs::remove_file(&paths.single) {
                 Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
                     let path = paths.single;
-                    return Err(PersistError::File(FileError::Failed { what: "remove", path, cause }));
+                    return Err(PersistError::File(FileError::Failed { action: "remove", path, cause }));
                 }
                 _ => written.has_single = false,
             }
@@ -196,8 +196,9 @@ impl SourceFiles {
         for dir in [&paths.root, &paths.dir] {
             fsx::make_private_dir(dir).map_err(PersistError::File)?;
         }
-        let encoded =
-            |what: Result<Vec<u8>, _>| what.map_err(|cause| PersistError::Encode(source_part(source), cause));
+        let encoded = |result: Result<Vec<u8>, _>| {
+            result.map_err(|cause| PersistError::Encode(source_part(source), cause))
+        };
         let mut buckets: BTreeMap<Bucket, BTreeMap<&ServiceName, &ServiceView>> =
             written.in_doubt.iter().map(|bucket| (*bucket, BTreeMap::new())).collect();
         for (name, service_view) in &view.services {
@@ -249,7 +250,7 @@ impl SourceFiles {
             Some(names) => {
                 batch.commit_first(names)?;
                 let cause = std::io::Error::other("cut off by the test");
-                Err(FileError::Failed { what: "write", path: PathBuf::new(), cause })
+                Err(FileError::Failed { action: "write", path: PathBuf::new(), cause })
             }
         }
     }

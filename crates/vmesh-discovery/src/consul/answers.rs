@@ -104,8 +104,8 @@ impl<R: Resolve> ConsulSource<R> {
         self.update_all_services();
         if self.plan.datacenters.iter().all(|dc| dc.failure.is_some()) {
             self.has_failed = true;
-            let what = format!("list the services{of}{hint}");
-            return Err(SourceError::Failed { source_name: self.name.clone(), what, cause });
+            let action = format!("list the services{of}{hint}");
+            return Err(SourceError::Failed { source_name: self.name.clone(), action, cause });
         }
         Ok(())
     }
@@ -114,17 +114,17 @@ impl<R: Resolve> ConsulSource<R> {
     /// rights.
     pub(super) fn catalog_empty(&mut self, at: usize) -> Result<(), SourceError> {
         let of = self.datacenter_suffix(at);
-        let what = format!(
+        let suspicion = format!(
             "Consul lists no service{of}, not even itself, which it does for a token without read rights: \
              {RIGHTS}; see `token_file`, and `consul acl token read -self`"
         );
         if let Some(dc) = self.plan.datacenters.get_mut(at) {
-            dc.failure = Some(what.as_str().into());
+            dc.failure = Some(suspicion.as_str().into());
         }
         self.update_all_services();
         if self.plan.datacenters.iter().all(|dc| dc.failure.is_some()) {
             self.has_failed = true;
-            return Err(SourceError::Suspect { source_name: self.name.clone(), what });
+            return Err(SourceError::Suspect { source_name: self.name.clone(), suspicion });
         }
         Ok(())
     }

@@ -204,8 +204,8 @@ impl<R: Resolve> ConsulSource<R> {
             && self.plan.services.values().all(|watched| watched.read.is_none())
         {
             self.has_failed = true;
-            let what = format!("no service that Consul lists can be read: {because}");
-            return Err(SourceError::Suspect { source_name: self.name.clone(), what });
+            let suspicion = format!("no service that Consul lists can be read: {because}");
+            return Err(SourceError::Suspect { source_name: self.name.clone(), suspicion });
         }
         if self.assembler.has_pending() {
             let since = *self.first_names.get_or_insert(now);

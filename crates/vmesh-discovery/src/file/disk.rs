@@ -276,13 +276,13 @@ impl Disk {
     fn failed(&self, path: &Path, cause: io::Error) -> SourceError {
         SourceError::Failed {
             source_name: self.source.clone(),
-            what: format!("read {}", path.display()),
+            action: format!("read {}", path.display()),
             cause: explain_error(&cause).into(),
         }
     }
 
-    fn suspect(&self, what: String) -> SourceError {
-        SourceError::Suspect { source_name: self.source.clone(), what }
+    fn suspect(&self, suspicion: String) -> SourceError {
+        SourceError::Suspect { source_name: self.source.clone(), suspicion }
     }
 
     /// Watches these directories. Returns whether a watch was added, and a problem if some directories are

@@ -190,8 +190,8 @@ impl EntryReader<'_> {
         read.bad.push(Problem::new(self.place.clone(), self.subject.clone(), format!("{who}: {why}")));
     }
 
-    fn add_note(&self, read: &mut ServiceInstances, who: &str, what: &str) {
-        read.notes.push(Problem::new(self.place.clone(), self.subject.clone(), format!("{who}: {what}")));
+    fn add_note(&self, read: &mut ServiceInstances, who: &str, note: &str) {
+        read.notes.push(Problem::new(self.place.clone(), self.subject.clone(), format!("{who}: {note}")));
     }
 
     fn read_entry(&self, entry: HealthEntry, index: usize, read: &mut ServiceInstances) {

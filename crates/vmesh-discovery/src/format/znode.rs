@@ -187,8 +187,8 @@ impl DirectoryContent {
         self.bad.push(Problem::new(place, "", why));
     }
 
-    fn note(&mut self, place: Place, what: impl Into<String>) {
-        self.notes.push(Problem::new(place, "", what));
+    fn note(&mut self, place: Place, message: impl Into<String>) {
+        self.notes.push(Problem::new(place, "", message));
     }
 }
 

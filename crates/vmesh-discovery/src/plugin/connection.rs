@@ -159,8 +159,8 @@ impl PluginConnection {
                     self.running = Some(running);
                 }
                 Err(error) => {
-                    let what = format!("start its program `{}`", self.config.program());
-                    return Err(self.failed(what, error));
+                    let action = format!("start its program `{}`", self.config.program());
+                    return Err(self.failed(action, error));
                 }
             }
         }
@@ -168,7 +168,7 @@ impl PluginConnection {
             Some(running) => Ok(running),
             None => Err(SourceError::Suspect {
                 source_name: self.source.clone(),
-                what: "its program is gone".into(),
+                suspicion: "its program is gone".into(),
             }),
         }
     }
@@ -186,11 +186,11 @@ impl PluginConnection {
 
     fn failed(
         &self,
-        what: String,
+        action: String,
         cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> SourceError {
         self.counters.failed_reads.fetch_add(1, Relaxed);
-        SourceError::Failed { source_name: self.source.clone(), what, cause: cause.into() }
+        SourceError::Failed { source_name: self.source.clone(), action, cause: cause.into() }
     }
 }
 

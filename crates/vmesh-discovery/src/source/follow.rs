@@ -129,9 +129,9 @@ pub async fn follow(mut source: impl Source, guard: Guard, link: Link) {
 }
 
 fn read_timed_out(source: &Arc<str>) -> SourceError {
-    let what = "answer when it was read again".to_owned();
+    let action = "answer when it was read again".to_owned();
     let cause = format!("no answer within {} s", CONFIRM_WITHIN.as_secs()).into();
-    SourceError::Failed { source_name: source.clone(), what, cause }
+    SourceError::Failed { source_name: source.clone(), action, cause }
 }
 
 /// The state of a [`follow`] task.
@@ -179,12 +179,12 @@ impl FollowState {
         if unusable.len() > SAID {
             why.push(&more);
         }
-        let what = match reported.unusable.is_empty() {
+        let reason = match reported.unusable.is_empty() {
             false => "a part of the source cannot be read and has no last good state",
             true => "nothing in the source is usable, and it has no last good state",
         };
         let because: Arc<str> = format!(
-            "{what}: {}; repair it, or serve without it by `vmeshctl discovery accept`",
+            "{reason}: {}; repair it, or serve without it by `vmeshctl discovery accept`",
             why.join("; ")
         )
         .into();
@@ -351,12 +351,12 @@ impl FollowState {
                 Some(service) => format!("service `{service}` of discovery source `{source}`"),
                 None => format!("discovery source `{source}`"),
             };
-            let (what, text) = (event.kind.as_str(), &event.text);
+            let (kind, text) = (event.kind.as_str(), &event.text);
             match event.kind {
                 NoticeKind::Held | NoticeKind::Failing | NoticeKind::GivenUp | NoticeKind::Frozen => {
-                    tracing::warn!("{about}: {what}: {text}");
+                    tracing::warn!("{about}: {kind}: {text}");
                 }
-                _ => tracing::info!("{about}: {what}: {text}"),
+                _ => tracing::info!("{about}: {kind}: {text}"),
             }
         }
     }

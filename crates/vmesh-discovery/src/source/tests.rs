@@ -70,7 +70,7 @@ fn registrations(services: &[(&str, u16)]) -> Registrations {
 fn failed() -> SourceError {
     SourceError::Failed {
         source_name: "consul:dc1".into(),
-        what: "list services".to_owned(),
+        action: "list services".to_owned(),
         cause: "connection refused".into(),
     }
 }
@@ -309,7 +309,7 @@ async fn what_a_registry_says_reaches_no_terminal_and_no_log_unescaped() {
     let hostile = "\u{1b}[2J\u{202e}\nforged";
     let error = || SourceError::Failed {
         source_name: "consul".into(),
-        what: format!("read {hostile}"),
+        action: format!("read {hostile}"),
         cause: hostile.into(),
     };
     assert_eq!(error().to_string(), "discovery source `consul` could not read \\u{1b}[2J\\u{202e}\\nforged");

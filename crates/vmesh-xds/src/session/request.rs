@@ -98,7 +98,7 @@ impl From<DiscoveryRequest> for Request {
 
 impl Tags {
     fn check(&self, message: &[u8], bounds: &Bounds) -> Result<(), SessionError> {
-        let too_large = |what, limit| Err(SessionError::TooLarge { what, limit });
+        let too_large = |items, limit| Err(SessionError::TooLarge { items, limit });
         if message.len() > bounds.bytes {
             return too_large("bytes", bounds.bytes);
         }
@@ -141,8 +141,8 @@ pub enum SessionError {
     OtherVariant,
     #[error("not a request: {0}")]
     Malformed(String),
-    #[error("a request of more than {limit} {what}")]
-    TooLarge { what: &'static str, limit: usize },
+    #[error("a request of more than {limit} {items}")]
+    TooLarge { items: &'static str, limit: usize },
     #[error("more than {limit} names of kind `{kind}` on one stream")]
     TooManyNames { kind: Kind, limit: usize },
     #[error("the names of kind `{kind}` on one stream take more than {limit} bytes")]

@@ -62,8 +62,8 @@ impl SessionStatus {
     pub(super) fn rejection(&self) -> Option<String> {
         self.kinds.iter().find_map(|(kind, status)| {
             let of_name = status.rejected.first_key_value().map(|(name, Rejection { version, reason })| {
-                let what = if version.is_empty() { " cannot be removed" } else { "" };
-                format!("{kind} {name}{what}: {reason}")
+                let removal = if version.is_empty() { " cannot be removed" } else { "" };
+                format!("{kind} {name}{removal}: {reason}")
             });
             of_name.or_else(|| Some(format!("{kind}, all there is: {}", status.refused_set.as_ref()?)))
         })

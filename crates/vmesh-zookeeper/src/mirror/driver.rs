@@ -373,9 +373,9 @@ impl Driver {
 
     async fn read_roots(&mut self, client: &zk::Client, watches: &mut Watches) -> Result<(), zk::Error> {
         let shared = self.shared.clone();
-        let start = |(root, what): (usize, &Root)| ReadStart {
+        let start = |(root, subtree): (usize, &Root)| ReadStart {
             root,
-            path: what.path.clone(),
+            path: subtree.path.clone(),
             scope: ReadScope::Subtree,
             known: BTreeSet::new(),
         };

@@ -89,8 +89,8 @@ impl Disk {
             walk.files.push(FoundFile { path: root.clone(), name: name.to_owned(), is_yaml, stat });
         } else {
             let kind = kind_name(metadata.file_type());
-            let what = format!("{} is a {kind}, neither a directory nor a file", root.display());
-            return Err(self.suspect(what));
+            let suspicion = format!("{} is a {kind}, neither a directory nor a file", root.display());
+            return Err(self.suspect(suspicion));
         }
         Ok(walk)
     }
@@ -195,11 +195,11 @@ impl Disk {
         }
         let before = self.files.len().max(usize::from(!self.restored.is_empty()));
         if walk.files.is_empty() && walk.unreadable.is_empty() && before > 0 {
-            let what = format!(
+            let suspicion = format!(
                 "{path} is empty and was not before: is something not mounted? \
                  If that is meant, leave one file in it that holds `[]`"
             );
-            return Err(self.suspect(what));
+            return Err(self.suspect(suspicion));
         }
         Ok(())
     }
