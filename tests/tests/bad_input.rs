@@ -88,11 +88,11 @@ async fn no_file_stops_the_daemon_or_empties_a_service() -> Result<()> {
     let good = "kind: Service\nname: orders\nsubsets: {v1: {version: v1}}\n";
     let mut mesh = Mesh::start(&[("services.d/orders.yaml", ORDERS), ("mesh.d/service.yaml", good)]).await?;
     mesh.until_endpoints("orders", &["10.0.0.1:80", "10.0.0.2:80"]).await?;
-    for (file, text, said) in FILES {
+    for (file, text, message) in FILES {
         mesh.write(file, text)?;
-        let problem = mesh.problem(said).await?;
+        let problem = mesh.problem(message).await?;
         assert!(!problem.contains(" serde"), "{problem}");
-        assert_eq!(mesh.endpoints("orders").await?, ["10.0.0.1:80", "10.0.0.2:80"], "after {said}");
+        assert_eq!(mesh.endpoints("orders").await?, ["10.0.0.1:80", "10.0.0.2:80"], "after {message}");
         if *file == "services.d/orders.yaml" {
             mesh.write(file, ORDERS)?;
         } else {
@@ -100,7 +100,7 @@ async fn no_file_stops_the_daemon_or_empties_a_service() -> Result<()> {
         }
         wait_for("the problem to be gone", BOUND, async || {
             let problems = mesh.problems().await.map_err(|failed| failed.to_string())?;
-            if problems.iter().any(|problem| problem.contains(said)) {
+            if problems.iter().any(|problem| problem.contains(message)) {
                 Err(problems.join("\n"))
             } else {
                 Ok(())
@@ -161,7 +161,7 @@ async fn no_request_stops_the_daemon_or_another_stream() -> Result<()> {
     well.send(&request(clusters, Some("well"))).await.expect("sent");
     assert_eq!(well.next().await.expect("an answer").resources.len(), 1);
 
-    for (what, wrong, said) in [
+    for (what, wrong, message) in [
         ("no node", request(clusters, None), "the first request of a stream must have `node.id`"),
         ("no node id", request(clusters, Some("")), "the first request of a stream must have `node.id`"),
         ("a name that is none", request(clusters, Some("a b")), "`a b` is not a node name"),
@@ -170,7 +170,7 @@ async fn no_request_stops_the_daemon_or_another_stream() -> Result<()> {
         let mut stream = AdsStream::connect(&uri).await.expect("connected");
         stream.send(&wrong).await.expect("sent");
         let refusal = stream.next().await.expect_err(what).to_string();
-        assert!(refusal.contains("InvalidArgument") && refusal.contains(said), "{what}: {refusal}");
+        assert!(refusal.contains("InvalidArgument") && refusal.contains(message), "{what}: {refusal}");
     }
 
     // A type that is not served: it gets no response, and the stream stays open.
@@ -242,18 +242,18 @@ async fn hosts_that_are_copies_of_one_another_are_told_apart_by_where_they_come_
         vm.start_agent()?;
         vms.push(vm);
     }
-    let said = wait_for("the problem", BOUND, async || match site.control_api("/api/v1/problems")? {
-        said if said.contains("two hosts go by the name `web`") => Ok(said),
-        said => Err(vmesh_testkit::Failed::new(said)),
+    let message = wait_for("the problem", BOUND, async || match site.control_api("/api/v1/problems")? {
+        message if message.contains("two hosts go by the name `web`") => Ok(message),
+        message => Err(vmesh_testkit::Failed::new(message)),
     })
     .await?;
     for vm in &vms {
-        assert!(said.contains(&format!("one from {}", vm.host.v4)), "{said}");
+        assert!(message.contains(&format!("one from {}", vm.host.v4)), "{message}");
     }
     assert!(site.control_api("/metrics")?.contains("vmesh_shared_node_names 1"));
     let logged = wait_for("the log to say so", BOUND, async || match site.control_output() {
-        said if said.contains("two hosts go by the name") => Ok(said),
-        said => Err(vmesh_testkit::Failed::new(said)),
+        message if message.contains("two hosts go by the name") => Ok(message),
+        message => Err(vmesh_testkit::Failed::new(message)),
     })
     .await?;
     assert_eq!(logged.matches("two hosts go by the name").count(), 1, "{logged}");
@@ -263,8 +263,8 @@ async fn hosts_that_are_copies_of_one_another_are_told_apart_by_where_they_come_
         agent.kill()?;
     }
     wait_for("the clone to go", BOUND, async || match site.control_api("/metrics")? {
-        said if said.contains("vmesh_shared_node_names 0") => Ok(()),
-        said => Err(vmesh_testkit::Failed::new(said)),
+        message if message.contains("vmesh_shared_node_names 0") => Ok(()),
+        message => Err(vmesh_testkit::Failed::new(message)),
     })
     .await?;
     assert!(!site.control_api("/api/v1/problems")?.contains("two hosts go by"));

@@ -60,7 +60,7 @@ async fn a_hundred_changes_of_files_fail_no_request() -> Result<()> {
     let load = Load::start(Plan::to(target).rate(300.0))?;
     let canary = Load::start(Plan::to(target).rate(50.0).header("x-canary", "true"))?;
     let mut spare = Vec::new();
-    let mut seen = in_envoy(&mesh).await?;
+    let mut observed = in_envoy(&mesh).await?;
     for round in 0..25u32 {
         // Each round makes four changes, and waits after each one until Envoy has it in force. The first: an
         // instance is added or removed.
@@ -72,19 +72,19 @@ async fn a_hundred_changes_of_files_fail_no_request() -> Result<()> {
             }
         }
         mesh.write("services.d/orders.yaml", &orders(&apps))?;
-        seen = changed_in_envoy(&mesh, seen, "which instances there are").await?;
+        observed = changed_in_envoy(&mesh, observed, "which instances there are").await?;
         // The second: a weight changes.
         apps[0].weight = 2 + round % 7;
         mesh.write("services.d/orders.yaml", &orders(&apps))?;
-        seen = changed_in_envoy(&mesh, seen, "a weight").await?;
+        observed = changed_in_envoy(&mesh, observed, "a weight").await?;
         // The third: an instance is drained, or no longer.
         let last = apps.len() - 1;
         apps[last].health = if apps[last].health == "draining" { "healthy" } else { "draining" };
         mesh.write("services.d/orders.yaml", &orders(&apps))?;
-        seen = changed_in_envoy(&mesh, seen, "a drain").await?;
+        observed = changed_in_envoy(&mesh, observed, "a drain").await?;
         // The fourth: the split between the versions changes.
         mesh.write("mesh.d/orders.yaml", &split(round % 5 * 20 + 10, 100))?;
-        seen = changed_in_envoy(&mesh, seen, "the split").await?;
+        observed = changed_in_envoy(&mesh, observed, "the split").await?;
     }
     no_failure(&load.stop().await, "while files changed a hundred times");
     let canary = canary.stop().await;
@@ -153,11 +153,11 @@ async fn a_new_instance_gets_traffic_and_a_drained_one_gets_no_more() -> Result<
     mesh.write("services.d/orders.yaml", &orders(&apps))?;
     let mut last = (u64::MAX, std::time::Instant::now());
     wait_for("no traffic at a", BOUND, async || {
-        let seen = load.so_far().by_instance.get("a").copied().unwrap_or(0);
-        if seen != last.0 {
-            last = (seen, std::time::Instant::now());
+        let observed = load.so_far().by_instance.get("a").copied().unwrap_or(0);
+        if observed != last.0 {
+            last = (observed, std::time::Instant::now());
         }
-        if last.1.elapsed() > Duration::from_secs(1) { Ok(()) } else { Err(format!("{seen} so far")) }
+        if last.1.elapsed() > Duration::from_secs(1) { Ok(()) } else { Err(format!("{observed} so far")) }
     })
     .await?;
     // The drained instance may be killed now.

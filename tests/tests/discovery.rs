@@ -207,7 +207,7 @@ async fn an_evicted_endpoint_gets_no_request_and_none_fails_also_after_a_restart
     assert!(evicted.status.success(), "{evicted:?}");
     mesh.until_endpoints("orders", &[&at_b]).await?;
     until_left_alone(&a).await?;
-    let told = a.requests();
+    let reported = a.requests();
     let (text, code) = until_shown(&mesh, &[&format!("{at_a} of orders is evicted")]).await?;
     assert_eq!(code, Some(3), "{text}");
     assert_eq!(mesh.metric("vmesh_discovery_evicted").await?, 1.0);
@@ -219,7 +219,7 @@ async fn an_evicted_endpoint_gets_no_request_and_none_fails_also_after_a_restart
     let again = say(&mesh, &["evict", "orders", &at_a])?;
     assert!(out(&again).contains("was evicted already"), "{again:?}");
     gets_traffic("b").await?;
-    assert_eq!(a.requests(), told, "an evicted endpoint had requests");
+    assert_eq!(a.requests(), reported, "an evicted endpoint had requests");
 
     let (text, _) = until_shown(&mesh, &["is evicted"]).await?;
     let admitted = run_printed(&mesh, &text, "to use it again: ")?;
@@ -289,9 +289,9 @@ async fn what_cannot_be_done_says_why_and_what_was_meant() -> Result<()> {
     let mut mesh = mesh(PATIENT, &[("services.d/orders.yaml", &orders(&["10.0.0.1:80".to_owned()]))]).await?;
     let check = |mesh: &Mesh, words: &[&str], code: i32, part: &str| -> Result<()> {
         let output = say(mesh, words)?;
-        let said = err(&output);
-        assert_eq!(output.status.code(), Some(code), "{words:?}: {said}");
-        assert!(said.contains(part), "{words:?}: {said}");
+        let message = err(&output);
+        assert_eq!(output.status.code(), Some(code), "{words:?}: {message}");
+        assert!(message.contains(part), "{words:?}: {message}");
         Ok(())
     };
     check(&mesh, &["accept", "file"], 4, "there is no discovery source `file`: did you mean `files`?")?;

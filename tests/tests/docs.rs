@@ -186,9 +186,9 @@ async fn every_command_shown_runs_and_every_service_file_is_read() -> Result<()>
                     if args.contains(&"accept") {
                         // No removal is held in a healthy source. The test can only show that the command is
                         // accepted.
-                        let said = String::from_utf8_lossy(&output.stderr);
-                        let is_nothing = said.contains("nothing of `") && output.status.code() == Some(4);
-                        assert!(is_nothing, "{place}: `{command}`: {said}");
+                        let message = String::from_utf8_lossy(&output.stderr);
+                        let is_nothing = message.contains("nothing of `") && output.status.code() == Some(4);
+                        assert!(is_nothing, "{place}: `{command}`: {message}");
                         ran.insert(command.to_owned());
                         continue;
                     }
@@ -251,8 +251,8 @@ async fn the_exit_codes_are_those_of_the_documentation() -> Result<()> {
     mesh.control()?.kill()?;
     let output = mesh.ctl(&["status"])?;
     assert_eq!(output.status.code(), Some(1));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(said.contains("is vmesh-control running there?") && said.contains("because:"), "{said}");
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(message.contains("is vmesh-control running there?") && message.contains("because:"), "{message}");
     Ok(())
 }
 

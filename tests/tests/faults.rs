@@ -277,8 +277,8 @@ async fn a_new_replica_is_not_ready_while_a_part_of_its_input_cannot_be_read() -
         mesh.write(file, text)?;
         let mut control = mesh.spawn_control()?;
         let waiting = wait_for("a word on what it waits for", BOUND, async || {
-            let said = waits_for(&mesh).await?;
-            if said.contains(file) { Ok(said) } else { Err(said) }
+            let message = waits_for(&mesh).await?;
+            if message.contains(file) { Ok(message) } else { Err(message) }
         });
         waiting.await?;
         mesh.write(file, mended)?;
@@ -320,11 +320,11 @@ async fn on_a_new_replica_what_was_read_and_makes_no_sense_costs_itself() -> Res
         let mesh = Mesh::prepare(&[lonely])?;
         let _control = mesh.spawn_control()?;
         wait_for("a word on what it waits for", BOUND, async || {
-            let said = waits_for(&mesh).await?;
-            if said.contains(lonely.0) && said.contains("nothing of it can be used") {
+            let message = waits_for(&mesh).await?;
+            if message.contains(lonely.0) && message.contains("nothing of it can be used") {
                 Ok(())
             } else {
-                Err(said)
+                Err(message)
             }
         })
         .await?;
@@ -358,8 +358,8 @@ async fn a_fresh_replica_with_a_broken_file_takes_nothing_from_nodes_that_anothe
     replica.daemon = mesh.spawn_replica()?;
     let fresh = replica.api;
     wait_for("a word on what the replica waits for", BOUND, async || {
-        let said = readiness(fresh.0).await?;
-        if said.contains("all.yaml") { Ok(()) } else { Err(said) }
+        let message = readiness(fresh.0).await?;
+        if message.contains("all.yaml") { Ok(()) } else { Err(message) }
     })
     .await?;
     mesh.control()?.kill()?;

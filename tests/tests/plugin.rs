@@ -62,8 +62,8 @@ async fn services_of_dns_are_fed_by_a_plugin_and_stand_behind_the_same_guard() -
     }
     wait_for("`vmeshctl discovery` to say that orders is held", LONG, async || {
         let output = mesh.ctl(&["discovery"]).map_err(|failed| failed.to_string())?;
-        let said = String::from_utf8_lossy(&output.stdout).into_owned();
-        if said.contains("orders of dns has been HELD") { Ok(()) } else { Err(said) }
+        let message = String::from_utf8_lossy(&output.stdout).into_owned();
+        if message.contains("orders of dns has been HELD") { Ok(()) } else { Err(message) }
     })
     .await?;
     mesh.until_endpoints("orders", &all).await?;

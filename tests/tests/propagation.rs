@@ -47,9 +47,9 @@ async fn one_endpoint_is_one_encoding() -> Result<()> {
         // After all endpoints and the empty response for listeners, nothing else will arrive.
         let (mut held, mut listeners) = (0, false);
         while held < SERVICES + 1 || !listeners {
-            let seen = client.next().await.expect("a response");
-            match seen.kind {
-                Some(Kind::Endpoint) => held += seen.resources.len(),
+            let observed = client.next().await.expect("a response");
+            match observed.kind {
+                Some(Kind::Endpoint) => held += observed.resources.len(),
                 Some(Kind::Listener) => listeners = true,
                 _ => {}
             }
@@ -76,10 +76,10 @@ async fn one_endpoint_is_one_encoding() -> Result<()> {
         let before = counted(&mesh).await?;
         mesh.write(&format!("services.d/service-{number}.yaml"), &service(number, 5))?;
         for client in &mut clients {
-            let seen = client.next().await.expect("a response");
-            assert_eq!(seen.kind, Some(Kind::Endpoint));
-            assert_eq!(seen.resources.len(), kinds, "{:?}", seen.resources);
-            assert!(seen.resources.iter().all(|name| name.starts_with(&format!("service-{number}"))));
+            let observed = client.next().await.expect("a response");
+            assert_eq!(observed.kind, Some(Kind::Endpoint));
+            assert_eq!(observed.resources.len(), kinds, "{:?}", observed.resources);
+            assert!(observed.resources.iter().all(|name| name.starts_with(&format!("service-{number}"))));
         }
         all_synced(&mesh).await?;
         let after = counted(&mesh).await?;

@@ -67,11 +67,11 @@ impl RegistrySetup {
     }
 
     /// Waits until `vmeshctl discovery` prints all of `parts`.
-    async fn told(&self, parts: &[&str]) -> Result<String> {
+    async fn reported(&self, parts: &[&str]) -> Result<String> {
         wait_for(format!("`vmeshctl discovery` to say {parts:?}"), LONG, async || {
             let output = self.mesh.ctl(&["discovery"]).map_err(|failed| failed.to_string())?;
-            let said = String::from_utf8_lossy(&output.stdout).into_owned();
-            if parts.iter().all(|part| said.contains(part)) { Ok(said) } else { Err(said) }
+            let message = String::from_utf8_lossy(&output.stdout).into_owned();
+            if parts.iter().all(|part| message.contains(part)) { Ok(message) } else { Err(message) }
         })
         .await
     }
@@ -144,7 +144,7 @@ async fn a_bad_day(bench: &mut RegistrySetup) -> Result<()> {
     let since = Instant::now();
     let because = bench.until_source("stale").await?;
     assert!(!because.is_empty());
-    bench.told(&["registry is STALE", "last good view stays in force"]).await?;
+    bench.reported(&["registry is STALE", "last good view stays in force"]).await?;
     tokio::time::sleep((60 * SECOND).saturating_sub(since.elapsed())).await;
     bench.until(&all).await?;
     bench.registry.restart_all().await?;
@@ -163,7 +163,7 @@ async fn a_bad_day(bench: &mut RegistrySetup) -> Result<()> {
     for instance in &gone {
         bench.registry.remove(instance).await?;
     }
-    bench.told(&["orders of registry has been HELD", "discovery accept registry"]).await?;
+    bench.reported(&["orders of registry has been HELD", "discovery accept registry"]).await?;
     bench.until(&all).await?;
     for instance in &gone {
         bench.registry.add(instance).await?;
@@ -186,12 +186,12 @@ async fn a_bad_day(bench: &mut RegistrySetup) -> Result<()> {
 
     // The registry returns without data: all removals are held, and instances that register again are fresh.
     bench.registry.restart_empty().await?;
-    let said = bench.told(&["orders of registry has been HELD", "discovery accept registry"]).await?;
+    let message = bench.reported(&["orders of registry has been HELD", "discovery accept registry"]).await?;
     bench.until(&all).await?;
     bench.none_failed("the registry came back empty");
     bench.register_all().await?;
     bench.recovered(&all, "the registry was filled again").await?;
-    assert!(said.contains("no longer lists this service, which had 6 endpoints"), "{said}");
+    assert!(message.contains("no longer lists this service, which had 6 endpoints"), "{message}");
     Ok(())
 }
 
@@ -281,7 +281,7 @@ async fn a_consul_token_that_is_revoked_takes_nothing_away() -> Result<()> {
     server.revoke(&accessor).await?;
     let because = bench.until_source("stale").await?;
     assert!(because.contains("token"), "{because}");
-    bench.told(&["registry is STALE", "token", "last good view stays in force"]).await?;
+    bench.reported(&["registry is STALE", "token", "last good view stays in force"]).await?;
     bench.until(&all).await?;
     bench.none_failed("the token was revoked");
 

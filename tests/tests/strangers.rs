@@ -172,8 +172,11 @@ async fn a_second_control_plane_leaves_the_state_of_the_first_alone_and_no_signa
     let mut second = mesh.spawn_control()?;
     let status = second.wait_exit(BOUND).await?;
     assert!(!status.success());
-    let said = second.output();
-    assert!(said.contains("is locked by vmesh-control (pid ") && said.contains(&pid.to_string()), "{said}");
+    let message = second.output();
+    assert!(
+        message.contains("is locked by vmesh-control (pid ") && message.contains(&pid.to_string()),
+        "{message}"
+    );
     let dir = mesh.path("");
     let mode = |file: &str| fs::metadata(dir.join(file)).map(|metadata| metadata.mode() & 0o777).ok();
     assert_eq!((mode("state/control"), mode("state/control/lock")), (Some(0o700), Some(0o600)));

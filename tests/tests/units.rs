@@ -53,12 +53,12 @@ fn score(unit: &Path) -> Result<f64> {
     let mut command = analyze()?;
     let output = command.args(["security", "--no-pager", "--offline=true"]).arg(unit).output();
     let output = output.map_err(Failed::to("could not run systemd-analyze"))?;
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    let line = said.lines().rev().find(|line| line.contains("Overall exposure level")).unwrap_or_default();
+    let message = String::from_utf8_lossy(&output.stdout).into_owned();
+    let line = message.lines().rev().find(|line| line.contains("Overall exposure level")).unwrap_or_default();
     let number = line.rsplit_once(": ").and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
     number.ok_or_else(|| {
         let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-        Failed::new(format!("systemd-analyze printed no score for {}: {said}{errors}", unit.display()))
+        Failed::new(format!("systemd-analyze printed no score for {}: {message}{errors}", unit.display()))
     })
 }
 
@@ -102,14 +102,14 @@ fn every_unit_is_read_without_a_warning() -> Result<()> {
     paths.extend(["vmesh.target", "vmesh.slice"].map(|unit| tree().join("systemd").join(unit)));
     let output = analyze()?.args(["verify", "--no-pager"]).args(&paths).output();
     let output = output.map_err(Failed::to("could not run systemd-analyze"))?;
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
     // The programs are not installed on this machine, nor are the manual pages that its own units refer to.
     let ours = |line: &&str| {
         line.contains("vmesh")
             && !line.contains("is not executable")
             && !line.contains("No such file or directory")
     };
-    let lines: Vec<&str> = said.lines().filter(ours).collect();
+    let lines: Vec<&str> = message.lines().filter(ours).collect();
     assert!(lines.is_empty(), "{}", lines.join("\n"));
     Ok(())
 }

@@ -168,8 +168,8 @@ impl Demo {
             Some(registry) => registry.add(&third).await?,
         }
         wait_for("traffic to reach orders-3", 15 * SECONDS, async || {
-            let seen = load.so_far().by_instance.get("orders-3").copied().unwrap_or(0);
-            if seen > 0 { Ok(()) } else { Err("no request yet") }
+            let observed = load.so_far().by_instance.get("orders-3").copied().unwrap_or(0);
+            if observed > 0 { Ok(()) } else { Err("no request yet") }
         })
         .await?;
         println!("   added: its first request came {} ms later", changed.elapsed().as_millis());
@@ -183,11 +183,11 @@ impl Demo {
         let mut followed = Duration::ZERO;
         let hold = if self.registry.is_some() { 10 * SECONDS } else { Duration::ZERO };
         wait_for("traffic to leave orders-3", hold + 15 * SECONDS, async || {
-            let seen = load.so_far().by_instance.get("orders-3").copied().unwrap_or(0);
-            if seen != last {
-                (last, quiet, followed) = (seen, Instant::now(), changed.elapsed());
+            let observed = load.so_far().by_instance.get("orders-3").copied().unwrap_or(0);
+            if observed != last {
+                (last, quiet, followed) = (observed, Instant::now(), changed.elapsed());
             }
-            if quiet.elapsed() > SECONDS { Ok(()) } else { Err(format!("{seen} requests so far")) }
+            if quiet.elapsed() > SECONDS { Ok(()) } else { Err(format!("{observed} requests so far")) }
         })
         .await?;
         println!("   removed: its last request came {} ms later", followed.as_millis());

@@ -327,13 +327,13 @@ mod tests {
         let path = dir.join("ca.pem");
         std::fs::write(&path, "no PEM").unwrap();
         let tls = |tls| Credentials::new(&Config { tls, ..Config::default() });
-        let said = tls(Tls { ca_file: Some(path.clone()), ..Tls::default() }).tls().await.err().unwrap();
+        let message = tls(Tls { ca_file: Some(path.clone()), ..Tls::default() }).tls().await.err().unwrap();
         assert!(
-            said.starts_with("`tls.ca_file` ") && said.ends_with("has no PEM certificate in it"),
-            "{said}"
+            message.starts_with("`tls.ca_file` ") && message.ends_with("has no PEM certificate in it"),
+            "{message}"
         );
         let gone = Some(dir.join("none"));
-        let said = tls(Tls { ca_file: gone, ..Tls::default() }).tls().await.err().unwrap();
-        assert!(said.contains("cannot be used"), "{said}");
+        let message = tls(Tls { ca_file: gone, ..Tls::default() }).tls().await.err().unwrap();
+        assert!(message.contains("cannot be used"), "{message}");
     }
 }

@@ -35,8 +35,8 @@ pub enum ErrorKind {
     /// The server limits its clients; another server may answer.
     #[error("Consul limits its clients (HTTP 429): {0:?}; see `limits` of its configuration")]
     Limited(String),
-    #[error("Consul answered HTTP {status}: {said:?}")]
-    Server { status: u16, said: String },
+    #[error("Consul answered HTTP {status}: {message:?}")]
+    Server { status: u16, message: String },
     #[error("the answer is not in Consul's documented format: {0}")]
     BadBody(String),
     /// A file that the client needs cannot be used.
@@ -65,18 +65,18 @@ impl ErrorKind {
         if (200..300).contains(&status) {
             return None;
         }
-        let said: String = String::from_utf8_lossy(body).trim().chars().take(300).collect();
+        let message: String = String::from_utf8_lossy(body).trim().chars().take(300).collect();
         Some(match status {
-            403 => ErrorKind::Forbidden(said),
-            404 => ErrorKind::NotFound(said),
-            429 => ErrorKind::Limited(said),
+            403 => ErrorKind::Forbidden(message),
+            404 => ErrorKind::NotFound(message),
+            429 => ErrorKind::Limited(message),
             // Newer servers answer 503 or 500, with the same text.
-            _ if said.to_ascii_lowercase().contains("no cluster leader") => ErrorKind::NoLeader(said),
+            _ if message.to_ascii_lowercase().contains("no cluster leader") => ErrorKind::NoLeader(message),
             // Some endpoints of older servers report a rejected token as an internal error.
-            500.. if said.contains("ACL not found") || said.contains("Permission denied") => {
-                ErrorKind::Forbidden(said)
+            500.. if message.contains("ACL not found") || message.contains("Permission denied") => {
+                ErrorKind::Forbidden(message)
             }
-            _ => ErrorKind::Server { status, said },
+            _ => ErrorKind::Server { status, message },
         })
     }
 }
@@ -97,7 +97,7 @@ mod tests {
         );
         assert_eq!(kind(429, ""), Some(ErrorKind::Limited(String::new())));
         let no_path = kind(500, "No path to datacenter").unwrap();
-        assert_eq!(no_path, ErrorKind::Server { status: 500, said: "No path to datacenter".into() });
+        assert_eq!(no_path, ErrorKind::Server { status: 500, message: "No path to datacenter".into() });
         assert!(no_path.is_server_specific());
         assert_eq!(no_path.to_string(), "Consul answered HTTP 500: \"No path to datacenter\"");
     }

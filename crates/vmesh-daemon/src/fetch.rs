@@ -256,8 +256,8 @@ mod tests {
         });
         let within = Duration::from_secs(5);
         let refused = fetch_from_users(&path, &[me + 1], "/names", within).await.unwrap_err();
-        let said = crate::report::one_line(&refused);
-        assert!(said.contains(&format!("a program of user {me} listens there")), "{said}");
+        let message = crate::report::one_line(&refused);
+        assert!(message.contains(&format!("a program of user {me} listens there")), "{message}");
         let answer = fetch_from_users(&path, &[me + 1, me], "/names", within).await.unwrap();
         assert_eq!(answer, (StatusCode::OK, Bytes::from("ok")));
         // No request was sent to the server of another user.

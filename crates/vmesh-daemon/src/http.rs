@@ -516,17 +516,17 @@ mod tests {
             let mut stream = TcpStream::connect(address).await.unwrap();
             stream.write_all(request.as_bytes()).await.unwrap();
             let (mut read, mut write) = stream.split();
-            let mut said = String::new();
+            let mut message = String::new();
             let drip = async {
                 while write.write_all(b"x").await.is_ok() {
                     sleep(Duration::from_millis(200)).await;
                 }
             };
             tokio::select! {
-                _ = timeout(HEAD_WITHIN * 3, read.read_to_string(&mut said)) => {}
+                _ = timeout(HEAD_WITHIN * 3, read.read_to_string(&mut message)) => {}
                 () = drip => {}
             }
-            assert!(said.starts_with(answer), "{request}: {said}");
+            assert!(message.starts_with(answer), "{request}: {message}");
         };
         let head = "GET /a HTTP/1.1\r\nHost: localhost\r\nX-Long: ";
         let body = "POST /a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 60000\r\n\r\n";

@@ -196,11 +196,11 @@ mod tests {
             }
         }
         let lines = Arc::new(Mutex::new(Vec::new()));
-        let seen = lines.clone();
+        let observed = lines.clone();
         let journal = Journal(move |record: &log::Record<'_>| {
             let mut pairs = Pairs(String::new());
             record.key_values().visit(&mut pairs).unwrap();
-            seen.lock().unwrap().push(format!("{} {}{}", record.level(), record.args(), pairs.0));
+            observed.lock().unwrap().push(format!("{} {}{}", record.level(), record.args(), pairs.0));
             Ok(())
         });
         tracing::subscriber::with_default(tracing_subscriber::registry().with(journal), work);
@@ -228,8 +228,8 @@ mod tests {
 
     #[test]
     fn what_others_say_does_neither_begin_a_line_nor_move_the_cursor() {
-        let said = "x\u{1b}[2J\nERROR forged\u{202e}";
-        let lines = journal_of(|| info!(build = said, "a node says {said}"));
+        let foreign_text = "x\u{1b}[2J\nERROR forged\u{202e}";
+        let lines = journal_of(|| info!(build = foreign_text, "a node says {foreign_text}"));
         let escaped = "x\\u{1b}[2J\\nERROR forged\\u{202e}";
         assert_eq!(lines, [format!("INFO a node says {escaped} build={escaped}")]);
 
@@ -247,7 +247,7 @@ mod tests {
         let sink = written.clone();
         let lines = text::layer().with_writer(move || EscapingWriter(Sink(sink.clone()))).with_ansi(false);
         tracing::subscriber::with_default(tracing_subscriber::registry().with(lines), || {
-            info!(build = %said, "a node says {said}");
+            info!(build = %foreign_text, "a node says {foreign_text}");
             info!("{}", "x".repeat(1 << 20));
         });
         let written = String::from_utf8(written.lock().unwrap().clone()).unwrap();

@@ -50,14 +50,14 @@ impl ObservedSource {
     ) -> T {
         let deadline = Instant::now() + BOUND;
         loop {
-            let Ok(said) = timeout_at(deadline, self.source.next()).await else {
+            let Ok(message) = timeout_at(deadline, self.source.next()).await else {
                 panic!("waited {BOUND:?} for {what}; last seen:\n{}", self.last);
             };
-            self.last = match &said {
+            self.last = match &message {
                 Ok(view) => shown(view),
                 Err(error) => chain(error),
             };
-            if let Some(found) = wanted(&said, &self.last) {
+            if let Some(found) = wanted(&message, &self.last) {
                 return found;
             }
         }
@@ -65,20 +65,23 @@ impl ObservedSource {
 
     /// Waits for a view that contains `text`.
     async fn view_with(&mut self, text: &str) -> Registrations {
-        self.until(text, |said, shown| said.as_ref().ok().filter(|_| shown.contains(text)).cloned()).await
+        self.until(text, |message, shown| message.as_ref().ok().filter(|_| shown.contains(text)).cloned())
+            .await
     }
 
     async fn view_without(&mut self, text: &str) -> Registrations {
-        self.until(&format!("no {text}"), |said, shown| {
-            said.as_ref().ok().filter(|_| !shown.contains(text)).cloned()
+        self.until(&format!("no {text}"), |message, shown| {
+            message.as_ref().ok().filter(|_| !shown.contains(text)).cloned()
         })
         .await
     }
 
     /// Waits for an error that contains `text`.
     async fn failure_with(&mut self, text: &str) -> String {
-        self.until(text, |said, shown| (said.is_err() && shown.contains(text)).then(|| shown.to_owned()))
-            .await
+        self.until(text, |message, shown| {
+            (message.is_err() && shown.contains(text)).then(|| shown.to_owned())
+        })
+        .await
     }
 }
 
@@ -95,16 +98,16 @@ fn chain(error: &SourceError) -> String {
 /// Formats a view with a line for each endpoint and each problem.
 fn shown(view: &Registrations) -> String {
     let mut shown = String::new();
-    for (name, seen) in &view.services {
+    for (name, observed) in &view.services {
         _ = write!(shown, "{name}");
-        if let Some(protocol) = seen.registration.protocol {
+        if let Some(protocol) = observed.registration.protocol {
             _ = write!(shown, " {protocol}");
         }
-        if let Some(because) = &seen.because {
-            _ = write!(shown, " ({}: {because})", seen.state);
+        if let Some(because) = &observed.because {
+            _ = write!(shown, " ({}: {because})", observed.state);
         }
         shown.push('\n');
-        for endpoint in seen.registration.endpoints.iter() {
+        for endpoint in observed.registration.endpoints.iter() {
             _ = write!(shown, "  {} weight {} {}", endpoint.address, endpoint.weight.get(), endpoint.health);
             for (what, value) in [("zone", &endpoint.zone), ("version", &endpoint.version)] {
                 if let Some(value) = value {
@@ -121,7 +124,7 @@ fn shown(view: &Registrations) -> String {
 }
 
 fn endpoints(view: &Registrations, service: &str) -> usize {
-    view.services.get(service).map_or(0, |seen| seen.registration.endpoints.len())
+    view.services.get(service).map_or(0, |observed| observed.registration.endpoints.len())
 }
 
 /// An instance with a passing check.
@@ -379,7 +382,7 @@ async fn a_token_is_read_again_and_one_that_is_revoked_removes_nothing() {
     consul.revoke(&wide).await.unwrap();
     // No view in between lists fewer services.
     watched
-        .until("a refusal", |said, shown| match said {
+        .until("a refusal", |message, shown| match message {
             Ok(view) => {
                 assert_eq!(view.services.len(), 2, "{shown}");
                 None
@@ -494,8 +497,8 @@ async fn many_changes_at_once_are_all_seen_on_few_connections() {
         consul.register(0, &instance(&service, &format!("{service}-2"), "10.0.0.2")).await.unwrap();
     }
     watched
-        .until("all changes", |said, _| {
-            let view = said.as_ref().unwrap();
+        .until("all changes", |message, _| {
+            let view = message.as_ref().unwrap();
             let all = (0..40).all(|n| endpoints(view, &format!("s{n:03}")) == 2);
             all.then_some(())
         })
@@ -522,7 +525,7 @@ async fn a_leader_that_is_killed_costs_nothing_and_is_left_for_another_server() 
     consul.wait_serving(others[0]).await.unwrap();
     consul.register(others[0], &instance("pay", "pay-2", "10.0.0.2")).await.unwrap();
     watched
-        .until("the new instance", |said, shown| match said {
+        .until("the new instance", |message, shown| match message {
             Ok(view) => {
                 assert_eq!(view.services.len(), 2, "{shown}");
                 assert!(endpoints(view, "pay") >= 1, "{shown}");
@@ -667,10 +670,10 @@ async fn two_datacenters_are_one_service_in_two_places() {
     let mut watched = ObservedSource::restored(&config, Some(&view));
     let again = watched.view_with("pay").await;
     let addresses = |view: &Registrations| -> BTreeMap<String, Vec<String>> {
-        let of = |seen: &vmesh_discovery::ServiceView| {
-            seen.registration.endpoints.iter().map(|e| e.address.to_string()).collect()
+        let of = |observed: &vmesh_discovery::ServiceView| {
+            observed.registration.endpoints.iter().map(|e| e.address.to_string()).collect()
         };
-        view.services.iter().map(|(name, seen)| (name.to_string(), of(seen))).collect()
+        view.services.iter().map(|(name, observed)| (name.to_string(), of(observed))).collect()
     };
     assert_eq!(addresses(&again), addresses(&view), "{}", watched.last);
 }

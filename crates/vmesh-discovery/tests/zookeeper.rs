@@ -47,26 +47,26 @@ impl ObservedSource {
     ) -> Result<Registrations, SourceError> {
         let deadline = Instant::now() + BOUND;
         loop {
-            let Ok(said) = timeout_at(deadline, self.source.next()).await else {
+            let Ok(message) = timeout_at(deadline, self.source.next()).await else {
                 panic!("waited {BOUND:?} for {what}; last seen:\n{}", self.last);
             };
-            self.last = match &said {
+            self.last = match &message {
                 Ok(view) => shown(view),
                 Err(error) => chain(error),
             };
-            if wanted(&said, &self.last) {
-                return said;
+            if wanted(&message, &self.last) {
+                return message;
             }
         }
     }
 
     /// Waits for a view that is formatted exactly as `expected`.
     async fn view(&mut self, expected: &str) -> Registrations {
-        self.until(expected, |said, shown| said.is_ok() && shown == expected).await.unwrap()
+        self.until(expected, |message, shown| message.is_ok() && shown == expected).await.unwrap()
     }
 
     async fn failure_with(&mut self, text: &str) {
-        _ = self.until(text, |said, shown| said.is_err() && shown.contains(text)).await;
+        _ = self.until(text, |message, shown| message.is_err() && shown.contains(text)).await;
     }
 }
 
@@ -83,19 +83,19 @@ fn chain(error: &SourceError) -> String {
 /// Formats a view with a line for each service and each problem.
 fn shown(view: &Registrations) -> String {
     let mut shown = String::new();
-    for (name, seen) in &view.services {
+    for (name, observed) in &view.services {
         _ = write!(shown, "{name}");
-        if let Some(protocol) = seen.registration.protocol {
+        if let Some(protocol) = observed.registration.protocol {
             _ = write!(shown, " {protocol}");
         }
-        for endpoint in seen.registration.endpoints.iter() {
+        for endpoint in observed.registration.endpoints.iter() {
             _ = write!(shown, " {} {}", endpoint.address, endpoint.health);
             if endpoint.weight.get() != 1 {
                 _ = write!(shown, " x{}", endpoint.weight.get());
             }
         }
-        if let Some(because) = &seen.because {
-            _ = write!(shown, " ({}: {because})", seen.state);
+        if let Some(because) = &observed.because {
+            _ = write!(shown, " ({}: {because})", observed.state);
         }
         shown.push('\n');
     }
@@ -185,12 +185,12 @@ async fn every_format_is_read_as_its_writers_leave_it() {
         let roots = "roots: [{path: /discovery, endpoint: http}, {path: /smartstack/global}, {path: /services}, \
                      {path: /dubbo}, {path: /leader}, {path: /kingpin}]";
         let mut watched = ObservedSource::new(&config(&servers.connect(), roots));
-        let view = watched.until("a view", |said, _| said.is_ok()).await.unwrap();
+        let view = watched.until("a view", |message, _| message.is_ok()).await.unwrap();
         expected.assert_eq(&shown(&view));
         // The leader's node is deleted, and the next candidate leads.
         client.delete("/leader/db/candidate_0000000000").await.unwrap();
         let has = |shown: &str| shown.contains("db 10.1.0.8:5432");
-        watched.until("the next leader", |said, shown| said.is_ok() && has(shown)).await.unwrap();
+        watched.until("the next leader", |message, shown| message.is_ok() && has(shown)).await.unwrap();
     }
 }
 
@@ -241,10 +241,10 @@ async fn garbage_costs_a_record_and_then_its_service_and_never_more() {
     }
     // The last readable state was a part of the service; whether the rest is removed is up to the guard.
     let because = " healthy (stale: 5 of 5 records are bad, which is more than single mistakes)";
-    let is_held = |said: &Result<Registrations, SourceError>, shown: &str| {
+    let is_held = |message: &Result<Registrations, SourceError>, shown: &str| {
         let pay =
             shown.strip_prefix("orders 10.1.1.1:80 healthy\npay 10.1.0.").and_then(|pay| pay.lines().next());
-        said.is_ok() && pay.is_some_and(|pay| pay.ends_with(because))
+        message.is_ok() && pay.is_some_and(|pay| pay.ends_with(because))
     };
     watched.until("what was last good", is_held).await.unwrap();
 }
@@ -279,7 +279,7 @@ async fn while_no_server_is_there_the_source_fails_and_then_says_the_same_again(
         let host = format!("10.2.0.{killed}");
         register(&mut client, "pay", &host).await;
         watched
-            .until(&host, |said, shown| said.is_ok() && shown.contains(&format!("{host}:80 healthy")))
+            .until(&host, |message, shown| message.is_ok() && shown.contains(&format!("{host}:80 healthy")))
             .await
             .unwrap();
         servers.restart(killed).await.unwrap();
@@ -359,8 +359,8 @@ async fn digest_tls_and_a_chroot_go_together_and_what_may_not_be_read_is_what_wa
     fresh.failure_with("could not read /smartstack, which has not been read yet").await;
     fresh.last.contains("the node's ACL has to give READ").then_some(()).unwrap();
     let mut restored = ObservedSource::restored(&config(&connect, &more(&wrong)), Some(&view));
-    let is_stale = |said: &Result<Registrations, SourceError>, shown: &str| {
-        said.is_ok()
+    let is_stale = |message: &Result<Registrations, SourceError>, shown: &str| {
+        message.is_ok()
             && shown.starts_with("pay 10.1.0.1:80 healthy (stale: could not read /smartstack: not allowed")
     };
     restored.until("the last good state stays", is_stale).await.unwrap();
@@ -379,9 +379,10 @@ async fn a_server_without_a_quorum_gives_a_first_view_that_is_stale() {
         servers.kill(index).unwrap();
     }
     let mut watched = ObservedSource::new(&config(&servers.connect(), NERVE));
-    let is_stale = |said: &Result<Registrations, SourceError>, shown: &str| {
-        said.is_ok() && shown.starts_with("pay 10.1.0.1:80 unknown x1 (stale: ZooKeeper has lost its quorum")
-            || said.is_ok()
+    let is_stale = |message: &Result<Registrations, SourceError>, shown: &str| {
+        message.is_ok()
+            && shown.starts_with("pay 10.1.0.1:80 unknown x1 (stale: ZooKeeper has lost its quorum")
+            || message.is_ok()
                 && shown.starts_with("pay 10.1.0.1:80 unknown (stale: ZooKeeper has lost its quorum")
     };
     watched.until("a stale view", is_stale).await.unwrap();
@@ -415,8 +416,8 @@ async fn two_thousand_services_are_read_and_one_change_is_seen_at_once() {
     client.set("/smartstack/service-1000/0", br#"{"host":"10.9.9.9","port":80}"#).await.unwrap();
     let second = timeout(BOUND, watched.source.next()).await.unwrap().unwrap();
     eprintln!("2,000 services in {all:?} by {reads} reads; one change in {:?}", began.elapsed());
-    let changed = first.services.iter().filter(|(name, seen)| {
-        !Arc::ptr_eq(&seen.registration, &second.services.get(*name).unwrap().registration)
+    let changed = first.services.iter().filter(|(name, observed)| {
+        !Arc::ptr_eq(&observed.registration, &second.services.get(*name).unwrap().registration)
     });
     assert_eq!(changed.count(), 1);
     assert_eq!(watched.counters.reads.load(Ordering::Relaxed), reads + 1);

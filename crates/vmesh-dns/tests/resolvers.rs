@@ -130,11 +130,11 @@ fn drilled(server: SocketAddr, arguments: &str, place: impl FnOnce(Command) -> C
     let mut drill = program("drill", "ldnsutils-1.8.3", "usr/bin/drill", DRILL);
     drill.args(["-p", &server.port().to_string(), &format!("@{}", server.ip())]).args(arguments.split(' '));
     let output = place(drill).output().unwrap();
-    let (said, complained) =
+    let (message, complained) =
         (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
-    assert!(output.status.success(), "drill {arguments}: {said}{complained}");
+    assert!(output.status.success(), "drill {arguments}: {message}{complained}");
     let mut shown = String::new();
-    for line in said.lines() {
+    for line in message.lines() {
         let line = line.trim();
         if let Some((_, status)) = line.split_once("rcode: ") {
             shown.push_str(status.split(',').next().unwrap());
@@ -249,8 +249,8 @@ async fn a_resolver_understands_what_it_is_told_over_udp_and_tcp() {
 
 async fn started(dnsmasq: &Daemon) {
     let started = async || {
-        let said = dnsmasq.output();
-        if said.contains("started, version") { Ok(()) } else { Err(said) }
+        let message = dnsmasq.output();
+        if message.contains("started, version") { Ok(()) } else { Err(message) }
     };
     wait_for("dnsmasq to start", BOUND, started).await.unwrap();
 }
@@ -353,8 +353,8 @@ async fn dnsmasq_drops_virtual_addresses_for_rebinding_unless_it_is_told() {
     assert!(!drill(dnsmasq.address, "-u orders.mesh AAAA").contains(&v6.to_string()));
     // dnsmasq answers before it logs the reason.
     let says_why = async || {
-        let said = dnsmasq.daemon.output();
-        if said.contains("possible DNS-rebind attack") { Ok(()) } else { Err(said) }
+        let message = dnsmasq.daemon.output();
+        if message.contains("possible DNS-rebind attack") { Ok(()) } else { Err(message) }
     };
     wait_for("dnsmasq to say why", BOUND, says_why).await.unwrap();
     server.stop().await;

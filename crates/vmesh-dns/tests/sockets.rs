@@ -69,11 +69,11 @@ async fn wait_until_closed(stream: &mut TcpStream) {
 }
 
 async fn wait_for_count(what: &str, count: &AtomicU64, want: u64) {
-    let seen = async || {
+    let observed = async || {
         let count = count.load(Ordering::Relaxed);
         if count >= want { Ok(()) } else { Err(count.to_string()) }
     };
-    wait_for(format!("{want} {what} or more"), BOUND, seen).await.unwrap();
+    wait_for(format!("{want} {what} or more"), BOUND, observed).await.unwrap();
 }
 
 #[tokio::test]

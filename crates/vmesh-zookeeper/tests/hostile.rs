@@ -132,16 +132,16 @@ fn mirror(server: &Server, max_bytes: usize) -> Mirror {
 
 /// Waits until the mirror reports a reason that contains `expected`, for the view or for its root.
 async fn says(mirror: &mut Mirror, expected: &str) {
-    let said = async {
+    let message = async {
         loop {
             let view = mirror.changed().await;
             let failed = view.roots.iter().find_map(|root| root.failed.clone());
-            if [view.stale_because, failed].into_iter().flatten().any(|said| said.contains(expected)) {
+            if [view.stale_because, failed].into_iter().flatten().any(|message| message.contains(expected)) {
                 return;
             }
         }
     };
-    tokio::time::timeout(BOUND, said).await.unwrap_or_else(|_| panic!("it never says `{expected}`"));
+    tokio::time::timeout(BOUND, message).await.unwrap_or_else(|_| panic!("it never says `{expected}`"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

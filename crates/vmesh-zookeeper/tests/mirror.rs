@@ -85,12 +85,12 @@ impl TestMirror {
 
 /// Prints a view: `/a [x=1 x/y=2] | /b absent | stale`.
 fn show(view: &View) -> String {
-    let root = |seen: &vmesh_zookeeper::mirror::RootView| {
-        let mut shown = match &seen.tree {
+    let root = |observed: &vmesh_zookeeper::mirror::RootView| {
+        let mut shown = match &observed.tree {
             None => "absent".to_owned(),
             Some(tree) => nodes(tree),
         };
-        if seen.failed.is_some() {
+        if observed.failed.is_some() {
             shown += " failed";
         }
         shown
@@ -435,7 +435,7 @@ async fn more_than_a_mebibyte_of_children_is_read() {
     let mut mirrored = TestMirror::of(config(&servers.connect()), &["/a"]);
     let size = |size: usize| {
         move |view: &View| {
-            view.roots.iter().filter_map(|seen| seen.tree.as_ref()).any(|tree| tree.size() == size)
+            view.roots.iter().filter_map(|observed| observed.tree.as_ref()).any(|tree| tree.size() == size)
         }
     };
     mirrored.until_view("3,000 nodes", size(3001)).await;

@@ -397,15 +397,15 @@ mod tests {
         }
         assert_eq!(taken.len(), MAX_READS);
         assert_eq!(plan.next_due(1000), Some(plan.datacenters[0].cursor.due()));
-        let mut seen = BTreeSet::new();
+        let mut observed = BTreeSet::new();
         while let Some(key) = taken.pop() {
-            assert!(seen.insert(key.clone()), "{key:?} has had its turn");
+            assert!(observed.insert(key.clone()), "{key:?} has had its turn");
             plan.end_query(&key);
             plan.services.get_mut(&key).unwrap().cursor.on_failure(now);
             plan.enqueue(&key);
             taken.extend(plan.take_due(now, 1000));
         }
-        assert_eq!(seen.len(), 200);
+        assert_eq!(observed.len(), 200);
     }
 
     #[tokio::test]

@@ -16,7 +16,7 @@ type Headers = BTreeMap<&'static str, String>;
 /// A server that gives the answers a test sets, and blocks queries as Consul does.
 struct FakeConsul {
     place: vmesh_testkit::Loopback,
-    said: Arc<Mutex<FakeAnswers>>,
+    fake_answers: Arc<Mutex<FakeAnswers>>,
     _task: JoinSet<()>,
 }
 
@@ -34,9 +34,9 @@ impl FakeConsul {
     async fn start() -> FakeConsul {
         let place = vmesh_testkit::Loopback::unique().unwrap();
         let listener = TcpListener::bind((place.ip(), 8500)).await.unwrap();
-        let said = Arc::new(Mutex::new(FakeAnswers { index: 10, ..FakeAnswers::default() }));
+        let fake_answers = Arc::new(Mutex::new(FakeAnswers { index: 10, ..FakeAnswers::default() }));
         let mut task = JoinSet::new();
-        let state = said.clone();
+        let state = fake_answers.clone();
         task.spawn(async move {
             let mut connections = JoinSet::new();
             loop {
@@ -45,7 +45,7 @@ impl FakeConsul {
                 while connections.try_join_next().is_some() {}
             }
         });
-        FakeConsul { place, said, _task: task }
+        FakeConsul { place, fake_answers, _task: task }
     }
 
     /// Sets the answer for `path`, at a new index.
@@ -56,17 +56,17 @@ impl FakeConsul {
         headers: &[(&'static str, &str)],
         body: &serde_json::Value,
     ) {
-        let mut said = self.said.lock().unwrap();
-        said.index += 1;
+        let mut fake_answers = self.fake_answers.lock().unwrap();
+        fake_answers.index += 1;
         let headers = headers.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
         let body = body.as_str().map_or_else(|| body.to_string(), str::to_owned);
-        said.answers.insert(path.to_owned(), (status, headers, body));
+        fake_answers.answers.insert(path.to_owned(), (status, headers, body));
     }
 
     fn remove_answer(&self, path: &str) {
-        let mut said = self.said.lock().unwrap();
-        said.index += 1;
-        said.answers.remove(path);
+        let mut fake_answers = self.fake_answers.lock().unwrap();
+        fake_answers.index += 1;
+        fake_answers.answers.remove(path);
     }
 
     fn source(&self, last_good: Option<&Registrations>) -> ConsulSource {
@@ -81,7 +81,7 @@ impl FakeConsul {
 }
 
 /// Serves one request after another, as in HTTP/1.1.
-async fn serve(stream: tokio::net::TcpStream, said: Arc<Mutex<FakeAnswers>>) {
+async fn serve(stream: tokio::net::TcpStream, fake_answers: Arc<Mutex<FakeAnswers>>) {
     use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
     let mut stream = BufReader::new(stream);
     loop {
@@ -99,22 +99,23 @@ async fn serve(stream: tokio::net::TcpStream, said: Arc<Mutex<FakeAnswers>>) {
         let path = if has("dc=dc2") { format!("dc2 {path}") } else { path.to_owned() };
         let path = if has("stale") { path } else { format!("leader {path}") };
         let deadline = Instant::now() + Duration::from_secs(1);
-        let waits = |said: &FakeAnswers| {
-            (said.index <= asked && Instant::now() < deadline) || (asked > 0 && said.mute == Some(&*path))
+        let waits = |fake_answers: &FakeAnswers| {
+            (fake_answers.index <= asked && Instant::now() < deadline)
+                || (asked > 0 && fake_answers.mute == Some(&*path))
         };
-        while waits(&said.lock().unwrap()) {
+        while waits(&fake_answers.lock().unwrap()) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let answer = {
-            let said = said.lock().unwrap();
+            let fake_answers = fake_answers.lock().unwrap();
             let plain = path.trim_start_matches("leader ");
-            let (status, headers, body) = said
+            let (status, headers, body) = fake_answers
                 .answers
                 .get(&path)
-                .or_else(|| said.answers.get(plain))
+                .or_else(|| fake_answers.answers.get(plain))
                 .cloned()
                 .unwrap_or((200, Headers::new(), "[]".to_owned()));
-            let index = format!("X-Consul-Index: {}\r\n", said.index);
+            let index = format!("X-Consul-Index: {}\r\n", fake_answers.index);
             let index = if headers.contains_key("X-Consul-Index") { "" } else { &index };
             let headers: String =
                 headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
@@ -144,13 +145,13 @@ fn both(orders: bool) -> serde_json::Value {
 }
 
 /// Formats a view such as `pay 10.0.0.1:80 10.0.0.2:80 stale`, or the error.
-fn line(said: &Result<Registrations, SourceError>) -> String {
-    match said {
+fn line(outcome: &Result<Registrations, SourceError>) -> String {
+    match outcome {
         Ok(view) => {
-            let services = view.services.iter().map(|(name, seen)| {
+            let services = view.services.iter().map(|(name, observed)| {
                 let addresses: Vec<_> =
-                    seen.registration.endpoints.iter().map(|e| e.address.to_string()).collect();
-                format!("{name} {} {}", addresses.join(" "), seen.state)
+                    observed.registration.endpoints.iter().map(|e| e.address.to_string()).collect();
+                format!("{name} {} {}", addresses.join(" "), observed.state)
             });
             services.collect::<Vec<_>>().join(", ")
         }
@@ -185,13 +186,13 @@ async fn a_service_that_only_the_token_hides_is_kept_until_it_is_really_gone() {
 
     fake.set_answer("/v1/health/service/orders", 200, FILTERED, &json!([]));
     fake.set_answer(CATALOG, 200, FILTERED, &both(false));
-    let seen = until(&mut source, "orders 10.0.0.9:80 stale").await;
-    assert!(seen.iter().all(|line| line.contains("orders 10.0.0.9:80")), "{seen:#?}");
+    let observed = until(&mut source, "orders 10.0.0.9:80 stale").await;
+    assert!(observed.iter().all(|line| line.contains("orders 10.0.0.9:80")), "{observed:#?}");
 
     // The token sees the service again, and it has no instances.
     fake.set_answer("/v1/health/service/orders", 200, &[], &json!([]));
-    let seen = until(&mut source, "pay").await;
-    assert_eq!(seen.last().unwrap(), "pay 10.0.0.1:80 fresh");
+    let observed = until(&mut source, "pay").await;
+    assert_eq!(observed.last().unwrap(), "pay 10.0.0.1:80 fresh");
 }
 
 #[tokio::test]
@@ -205,8 +206,8 @@ async fn an_answer_without_a_leader_is_never_a_removal() {
     // A partitioned server lists fewer instances, and the leader cannot be asked.
     fake.set_answer(&format!("leader {PAY}"), 500, &[], &json!("No cluster leader"));
     fake.set_answer(PAY, 200, NO_LEADER, &instances(&["10.0.0.1"]));
-    let seen = until(&mut source, "stale").await;
-    assert!(seen.iter().all(|line| line.contains("10.0.0.2")), "{seen:#?}");
+    let observed = until(&mut source, "stale").await;
+    assert!(observed.iter().all(|line| line.contains("10.0.0.2")), "{observed:#?}");
     // The leader reports the same.
     fake.remove_answer(&format!("leader {PAY}"));
     until(&mut source, "pay 10.0.0.1:80 fresh").await;
@@ -222,8 +223,8 @@ async fn an_index_that_goes_back_or_is_missing_is_asked_of_the_leader() {
     // A server lags behind; the leader has newer data.
     fake.set_answer(&format!("leader {PAY}"), 200, &[], &instances(&["10.0.0.1", "10.0.0.2", "10.0.0.3"]));
     fake.set_answer(PAY, 200, &[("X-Consul-Index", "3")], &instances(&["10.0.0.1"]));
-    let seen = until(&mut source, "10.0.0.3").await;
-    assert_eq!(seen, ["pay 10.0.0.1:80 10.0.0.2:80 10.0.0.3:80 fresh"]);
+    let observed = until(&mut source, "10.0.0.3").await;
+    assert_eq!(observed, ["pay 10.0.0.1:80 10.0.0.2:80 10.0.0.3:80 fresh"]);
     // The answer has no index: only the answer of the leader counts, however often it has to be asked.
     fake.set_answer(&format!("leader {PAY}"), 200, &[("X-Consul-Index", "")], &instances(&["10.0.0.4"]));
     fake.set_answer(PAY, 200, &[("X-Consul-Index", "")], &instances(&["10.0.0.4"]));
@@ -242,21 +243,24 @@ async fn nonsense_costs_the_service_that_it_is_about() {
     let entries = json!([{"Node": 1}, 2, null, "x", {}, {}]);
     for nonsense in [json!("{\"cut\": "), entries] {
         fake.set_answer("/v1/health/service/orders", 200, &[], &nonsense);
-        let seen = until(&mut source, "orders 10.0.0.9:80 stale").await;
-        assert!(seen.iter().all(|line| line.ends_with("pay 10.0.0.1:80 fresh")), "{seen:#?}");
+        let observed = until(&mut source, "orders 10.0.0.9:80 stale").await;
+        assert!(observed.iter().all(|line| line.ends_with("pay 10.0.0.1:80 fresh")), "{observed:#?}");
         fake.set_answer("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
         until(&mut source, "orders 10.0.0.9:80 fresh").await;
     }
     // An invalid or empty catalogue only makes the view stale.
-    for (status, nonsense, said) in [
+    for (status, nonsense, expected) in [
         (200, json!("<html>"), "not what Consul is documented to say"),
         (200, json!({}), "not even itself"),
         (500, json!("rpc error"), "HTTP 500"),
         (403, json!("ACL not found"), "refused the token"),
     ] {
         fake.set_answer(CATALOG, status, &[], &nonsense);
-        let seen = until(&mut source, said).await;
-        assert!(seen.iter().all(|line| line.contains("orders") || line.contains(said)), "{seen:#?}");
+        let observed = until(&mut source, expected).await;
+        assert!(
+            observed.iter().all(|line| line.contains("orders") || line.contains(expected)),
+            "{observed:#?}"
+        );
         fake.set_answer(CATALOG, 200, &[], &both(true));
         until(&mut source, "orders 10.0.0.9:80 fresh, pay 10.0.0.1:80 fresh").await;
     }
@@ -287,7 +291,7 @@ async fn an_answer_that_was_waited_for_is_news_if_something_else_was_read_meanwh
     let mut source = fake.source(None);
     until(&mut source, "pay 10.0.0.1:80 10.0.0.2:80 fresh").await;
     // A blocking query is running.
-    fake.said.lock().unwrap().mute = Some(PAY);
+    fake.fake_answers.lock().unwrap().mute = Some(PAY);
     assert!(timeout(Duration::from_millis(1500), source.next()).await.is_err());
 
     // An instance disappears briefly, and the service is read again just then.
@@ -295,7 +299,7 @@ async fn an_answer_that_was_waited_for_is_news_if_something_else_was_read_meanwh
     let read = source.confirm(&BTreeSet::from(["pay".parse().unwrap()])).await;
     assert_eq!(line(&read), "pay 10.0.0.1:80 fresh");
     fake.set_answer(PAY, 200, &[], &instances(&["10.0.0.1", "10.0.0.2"]));
-    fake.said.lock().unwrap().mute = None;
+    fake.fake_answers.lock().unwrap().mute = None;
     until(&mut source, "pay 10.0.0.1:80 10.0.0.2:80 fresh").await;
 }
 
@@ -316,8 +320,8 @@ async fn a_token_with_fewer_rights_takes_nothing_away_that_was_known_before_a_re
 
     // The token may see the service, which has no instances.
     fake.set_answer("/v1/health/service/orders", 200, &[], &json!([]));
-    let seen = until(&mut source, "pay").await;
-    assert_eq!(seen.last().unwrap(), "pay 10.0.0.1:80 fresh");
+    let observed = until(&mut source, "pay").await;
+    assert_eq!(observed.last().unwrap(), "pay 10.0.0.1:80 fresh");
 }
 
 #[tokio::test]
@@ -358,8 +362,8 @@ async fn what_went_since_a_restart_does_not_come_back_when_it_cannot_be_read() {
     // The service is listed again, but its instances cannot be read.
     fake.set_answer("/v1/health/service/orders", 500, &[], &json!("rpc error"));
     fake.set_answer(CATALOG, 200, &[], &both(true));
-    let said = timeout(Duration::from_secs(20), source.next()).await.map(|said| line(&said));
-    assert!(said.as_ref().is_ok_and(|line| line == "pay 10.0.0.1:80 fresh"), "{said:?}");
+    let outcome = timeout(Duration::from_secs(20), source.next()).await.map(|outcome| line(&outcome));
+    assert!(outcome.as_ref().is_ok_and(|line| line == "pay 10.0.0.1:80 fresh"), "{outcome:?}");
 }
 
 #[tokio::test]
@@ -397,8 +401,8 @@ async fn a_service_that_is_known_from_before_and_not_listed_any_more_is_absent_a
     timeout(Duration::from_secs(60), source.next()).await.unwrap().unwrap_err();
     fake.set_answer(CATALOG, 200, &[], &json!({"consul": [], "orders": []}));
     fake.set_answer("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.7"]));
-    let seen = until(&mut source, "orders 10.0.0.7:80 fresh").await;
-    assert_eq!(seen.last().unwrap(), "orders 10.0.0.7:80 fresh");
+    let observed = until(&mut source, "orders 10.0.0.7:80 fresh").await;
+    assert_eq!(observed.last().unwrap(), "orders 10.0.0.7:80 fresh");
 }
 
 #[tokio::test]
@@ -460,14 +464,14 @@ async fn a_list_of_checks_that_says_less_points_at_services_and_removes_none() {
         fake.set_answer(STATE, 200, headers, &body);
         let address = format!("10.0.1.{n}");
         fake.set_answer("/v1/health/service/orders", 200, &[], &instances(&[&address]));
-        let seen = until(&mut source, &format!("orders {address}:80 fresh, pay 10.0.0.1:80 fresh")).await;
-        assert!(seen.iter().all(|line| line.contains("cart 10.0.0.3:80 fresh")), "{seen:#?}");
+        let observed = until(&mut source, &format!("orders {address}:80 fresh, pay 10.0.0.1:80 fresh")).await;
+        assert!(observed.iter().all(|line| line.contains("cart 10.0.0.3:80 fresh")), "{observed:#?}");
     }
     // A check index that went backwards leads to a query of the leader and affects no service.
     fake.set_answer(STATE, 200, &[("X-Consul-Index", "2")], &json!([]));
     fake.set_answer(PAY, 200, &[], &instances(&["10.0.0.7"]));
-    let seen = until(&mut source, "pay 10.0.0.7:80 fresh").await;
-    assert!(seen.iter().all(|line| line.contains("cart 10.0.0.3:80 fresh")), "{seen:#?}");
+    let observed = until(&mut source, "pay 10.0.0.7:80 fresh").await;
+    assert!(observed.iter().all(|line| line.contains("cart 10.0.0.3:80 fresh")), "{observed:#?}");
 }
 
 #[tokio::test]
@@ -479,7 +483,7 @@ async fn services_take_turns_while_the_checks_cannot_be_read_and_a_problem_says_
         let address = format!("10.0.2.{}", status % 100);
         fake.set_answer(PAY, 200, &[], &instances(&[&address]));
         until(&mut source, &format!("pay {address}:80 fresh")).await;
-        let told = timeout(Duration::from_secs(60), async {
+        let reported = timeout(Duration::from_secs(60), async {
             loop {
                 let problems = source.last_view.iter().flat_map(|view| &view.problems);
                 if let Some(problem) = problems.map(|problem| problem.message.clone()).next() {
@@ -488,7 +492,7 @@ async fn services_take_turns_while_the_checks_cannot_be_read_and_a_problem_says_
                 line(&source.next().await);
             }
         });
-        let problem = told.await.unwrap();
+        let problem = reported.await.unwrap();
         assert!(problem.contains("up to 10 s late: GET /v1/health/state/any"), "{problem}");
         fake.set_answer(STATE, 200, &[], &json!([check("pay", "passing")]));
         let ended = timeout(Duration::from_secs(60), async {
@@ -538,8 +542,8 @@ async fn several_datacenters_share_queries_each_for_itself() {
     fake.set_answer(&format!("dc2 {STATE}"), 403, &[], &json!("Permission denied"));
     fake.set_answer(PAY, 200, &[], &instances(&["10.0.1.9"]));
     fake.set_answer(STATE, 200, &[], &checks("critical"));
-    let seen = until(&mut source, &format!("{others}, pay 10.0.1.9:80 10.0.2.9:80 fresh")).await;
-    assert!(seen.iter().all(|line| line.contains("10.0.2.9:80")), "{seen:#?}");
+    let observed = until(&mut source, &format!("{others}, pay 10.0.1.9:80 10.0.2.9:80 fresh")).await;
+    assert!(observed.iter().all(|line| line.contains("10.0.2.9:80")), "{observed:#?}");
 }
 
 #[tokio::test]
@@ -556,8 +560,8 @@ async fn services_have_queries_of_their_own_again_once_there_are_few_and_share_w
         fake.set_answer(STATE, 403, &[], &json!("Permission denied"));
         let next = format!("10.0.{}.1", round + 1);
         fake.set_answer(PAY, 200, &[], &instances(&[&next]));
-        let seen = until(&mut source, &format!("pay {next}:80 fresh")).await;
-        assert!(seen.iter().all(|line| !line.contains("stale")), "{seen:#?}");
+        let observed = until(&mut source, &format!("pay {next}:80 fresh")).await;
+        assert!(observed.iter().all(|line| !line.contains("stale")), "{observed:#?}");
         assert!(!source.plan.is_scarce);
 
         let all = json!([check("pay", "passing"), check("orders", "passing"), check("cart", "passing")]);

@@ -145,11 +145,11 @@ impl LiveSource {
 
 fn show(view: &View, dir: &Path) -> String {
     let mut shown = String::new();
-    for (name, seen) in view.services() {
-        let endpoints = seen.registration.endpoints.iter();
+    for (name, observed) in view.services() {
+        let endpoints = observed.registration.endpoints.iter();
         let endpoints: Vec<_> = endpoints.map(|e| format!(" {}", e.address)).collect();
-        let because = seen.because.as_ref().map(|because| format!(" ({because})")).unwrap_or_default();
-        shown += &format!("{name} {}{}{because}\n", seen.state, endpoints.concat());
+        let because = observed.because.as_ref().map(|because| format!(" ({because})")).unwrap_or_default();
+        shown += &format!("{name} {}{}{because}\n", observed.state, endpoints.concat());
     }
     for problem in view.last_good.iter().flat_map(|last_good| &last_good.problems) {
         shown += &format!("{problem}\n");
@@ -242,13 +242,13 @@ async fn a_file_that_is_half_written_is_not_read() {
             std::thread::sleep(Duration::from_millis(200));
         }
     });
-    let seen = live.views_until(|shown| shown.contains("10.0.0.9")).await;
+    let observed = live.views_until(|shown| shown.contains("10.0.0.9")).await;
     writer.join().unwrap();
     expect![[r#"
         orders fresh 10.0.0.1:80 10.0.0.2:80
         orders fresh 10.0.0.8:80 10.0.0.9:80
     "#]]
-    .assert_eq(&seen.concat());
+    .assert_eq(&observed.concat());
 }
 
 #[tokio::test]
@@ -261,7 +261,7 @@ async fn a_file_that_is_deleted_and_written_again_was_never_gone() {
         std::thread::sleep(Duration::from_millis(50));
         fs::write(&path, "endpoints: [10.0.0.3:80]\n").unwrap();
     });
-    let seen = live.views_until(|shown| shown.contains("10.0.0.3")).await;
+    let observed = live.views_until(|shown| shown.contains("10.0.0.3")).await;
     writer.join().unwrap();
     expect![[r#"
         orders fresh 10.0.0.1:80 10.0.0.2:80
@@ -269,7 +269,7 @@ async fn a_file_that_is_deleted_and_written_again_was_never_gone() {
         orders fresh 10.0.0.3:80
         web fresh 10.0.1.1:80
     "#]]
-    .assert_eq(&seen.concat());
+    .assert_eq(&observed.concat());
 }
 
 #[tokio::test]
@@ -277,12 +277,12 @@ async fn a_deleted_file_is_held() {
     let mut live = LiveSource::start(&[("orders.yaml", ORDERS), ("web", "10.0.1.1 80")]);
     live.until("orders fresh 10.0.0.1:80 10.0.0.2:80\nweb fresh 10.0.1.1:80").await;
     fs::remove_file(live.dir.join("orders.yaml")).unwrap();
-    let seen = live.views_until(|shown| shown.contains("held")).await;
+    let observed = live.views_until(|shown| shown.contains("held")).await;
     expect![[r#"
         orders held 10.0.0.1:80 10.0.0.2:80 (`file` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 5m, in case the removal is a mistake)
         web fresh 10.0.1.1:80
         orders.yaml:1:1: `file` no longer lists this service, which had 2 endpoints: the last good state stays in force for at least 5m, in case the removal is a mistake
-    "#]].assert_eq(seen.last().unwrap());
+    "#]].assert_eq(observed.last().unwrap());
 }
 
 #[tokio::test]
@@ -358,18 +358,18 @@ async fn a_directory_that_is_gone_or_empty_is_an_accident() {
     let mut live = LiveSource::of(dir, config, None, TestDns::default());
     live.until("orders fresh 10.0.0.1:80 10.0.0.2:80").await;
     fs::rename(live.dir.join("d"), live.dir.join("away")).unwrap();
-    let seen = live.views_until(|shown| shown.contains("STALE")).await;
+    let observed = live.views_until(|shown| shown.contains("STALE")).await;
     expect![[r#"
         orders stale 10.0.0.1:80 10.0.0.2:80 (discovery source `file:d` could not read d: it does not exist)
         STALE discovery source `file:d` could not read d: it does not exist
     "#]]
-    .assert_eq(seen.last().unwrap());
+    .assert_eq(observed.last().unwrap());
     fs::create_dir(live.dir.join("d")).unwrap();
-    let seen = live.views_until(|shown| shown.contains("mounted")).await;
+    let observed = live.views_until(|shown| shown.contains("mounted")).await;
     expect![[r#"
         orders stale 10.0.0.1:80 10.0.0.2:80 (discovery source `file:d`: d is empty and was not before: is something not mounted? If that is meant, leave one file in it that holds `[]`)
         STALE discovery source `file:d`: d is empty and was not before: is something not mounted? If that is meant, leave one file in it that holds `[]`
-    "#]].assert_eq(seen.last().unwrap());
+    "#]].assert_eq(observed.last().unwrap());
     write(&live.dir, &[("d/orders.yaml", ORDERS)]);
     live.until("orders fresh 10.0.0.1:80 10.0.0.2:80").await;
     // A file with an empty list makes the emptiness explicit.

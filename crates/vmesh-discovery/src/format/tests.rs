@@ -299,7 +299,7 @@ fn no_bytes_break_a_parser() {
 }
 
 /// Returns the content of a file as `format service [addresses, weights] partial | ..`, and its problems.
-fn said(name: &str, text: &str) -> String {
+fn parse_outcome(name: &str, text: &str) -> String {
     let (stem, is_yaml) = match name.rsplit_once('.') {
         Some((stem, _)) => (stem, true),
         None => (name, false),
@@ -330,14 +330,14 @@ fn null_is_nothing_wherever_the_writers_own_tool_takes_it_so() {
         batch []
         web ["10.0.0.1:80 *1 unknown"]
     "#]]
-    .assert_eq(&said("b.json", prometheus));
+    .assert_eq(&parse_outcome("b.json", prometheus));
     let synapse = r#"[{"haproxy_server_options": null, "host": "10.0.1.2", "id": 205, "labels": null, "port": 9090, "weight": null},
         {"haproxy_server_options": "check inter 2s disabled", "host": "10.0.1.3", "labels": {"az": null}, "port": 9090, "disabled": null}]"#;
     expect![[r#"
         smartstack
         pay ["10.0.1.2:9090 *1 unknown", "10.0.1.3:9090 *1 draining"]
     "#]]
-    .assert_eq(&said("pay.json", synapse));
+    .assert_eq(&parse_outcome("pay.json", synapse));
 }
 
 #[test]
@@ -356,7 +356,7 @@ fn a_label_that_cannot_be_used_costs_itself_and_a_name_its_group() {
         e.yml:2:65: `snmp` is not a protocol that vmesh knows; it is ignored
         e.yml:4:60: `heavy` is not a weight: a number from 0 to 1000000; it is ignored
         e.yml:5:46: the label `job` names the service, and `Node Exporter` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit; this group is left out
-    "#]].assert_eq(&said("e.yml", text));
+    "#]].assert_eq(&parse_outcome("e.yml", text));
     let text =
         r#"[{"host": "10.0.1.2", "port": 9090, "weight": "heavy"}, {"host": "10.0.1.3", "port": 9090}]"#;
     expect![[r#"
@@ -364,7 +364,7 @@ fn a_label_that_cannot_be_used_costs_itself_and_a_name_its_group() {
         pay ["10.0.1.2:9090 *1 unknown", "10.0.1.3:9090 *1 unknown"]
         pay.json:1:47: `heavy` is not a weight: a number from 0 to 1000000; it is ignored
     "#]]
-    .assert_eq(&said("pay.json", text));
+    .assert_eq(&parse_outcome("pay.json", text));
 }
 
 #[test]
@@ -379,10 +379,10 @@ fn a_byte_order_mark_is_no_part_of_a_text_in_any_format() {
         ),
         ("c.json", "\u{feff}[{\"targets\": [\"10.0.0.1:8080\", \"10.0.0.2:8080\"]}]"),
     ] {
-        let said = said(name, text);
+        let outcome = parse_outcome(name, text);
         assert!(
-            said.contains(r#"["10.0.0.1:8080 *1 unknown", "10.0.0.2:8080 *1 unknown"]"#),
-            "{name}: {said}"
+            outcome.contains(r#"["10.0.0.1:8080 *1 unknown", "10.0.0.2:8080 *1 unknown"]"#),
+            "{name}: {outcome}"
         );
     }
 }
@@ -401,16 +401,16 @@ fn an_address_that_can_be_read_in_two_ways_is_left_out_in_every_format() {
             ),
             ("pay.yml", format!("- targets: [\"{bracketed}:80\", \"10.9.9.9:80\"]\n")),
         ] {
-            let said = said(name, &text);
+            let outcome = parse_outcome(name, &text);
             assert!(
-                said.contains(r#"pay ["10.9.9.9:80 *1 unknown"]"#) && said.contains("left out"),
-                "{name}: {said}"
+                outcome.contains(r#"pay ["10.9.9.9:80 *1 unknown"]"#) && outcome.contains("left out"),
+                "{name}: {outcome}"
             );
         }
     }
     // One address in two spellings is one endpoint.
-    let said = said("pay.yaml", "endpoints: [\"[::ffff:10.0.0.1]:80\", \"10.0.0.1:80\"]\n");
-    assert!(said.contains(r#"pay ["10.0.0.1:80 *1 unknown"]"#), "{said}");
+    let outcome = parse_outcome("pay.yaml", "endpoints: [\"[::ffff:10.0.0.1]:80\", \"10.0.0.1:80\"]\n");
+    assert!(outcome.contains(r#"pay ["10.0.0.1:80 *1 unknown"]"#), "{outcome}");
 }
 
 #[test]
@@ -420,41 +420,41 @@ fn what_is_wrong_is_said_of_what_was_meant() {
         FAILED
         v6.yaml:3:5: a text that begins with `[` has to be in quotes: "[fd00::1]:8080"
     "#]]
-    .assert_eq(&said("v6.yaml", "service: v6\nendpoints:\n  - [fd00::1]:8080\n"));
+    .assert_eq(&parse_outcome("v6.yaml", "service: v6\nendpoints:\n  - [fd00::1]:8080\n"));
     expect![[r#"
         native
         two.yaml:1:13: `10.0.0.1:8080,10.0.0.2:8080`: one address each, `host:port`: make a list of several
     "#]]
-    .assert_eq(&said("two.yaml", "endpoints: [\"10.0.0.1:8080,10.0.0.2:8080\"]\n"));
+    .assert_eq(&parse_outcome("two.yaml", "endpoints: [\"10.0.0.1:8080,10.0.0.2:8080\"]\n"));
     expect![[r#"
         prometheus
         FAILED
         map.yaml:1:1: a file of Prometheus is a list of groups: write `- targets: ..`, or `[{"targets": ..}]`
     "#]]
-    .assert_eq(&said("map.yaml", "targets:\n  - a1.example:9103\nlabels:\n  job: zk\n"));
+    .assert_eq(&parse_outcome("map.yaml", "targets:\n  - a1.example:9103\nlabels:\n  job: zk\n"));
     expect![[r#"
         prometheus
         FAILED
         typo.json:1:24: unknown field `target`, did you mean `targets`?
     "#]]
-    .assert_eq(&said("typo.json", "[{\"labels\":{\"job\":\"x\"},\"target\":[\"10.0.0.3:80\"]}]"));
+    .assert_eq(&parse_outcome("typo.json", "[{\"labels\":{\"job\":\"x\"},\"target\":[\"10.0.0.3:80\"]}]"));
     let lines = "{\"service\":\"a\",\"endpoints\":[\"10.0.0.1:80\"]}\n{\"service\":\"b\",\"endpoints\":[\"10.0.0.2:80\"]}\n";
     expect![[r#"
         native
         FAILED
         lines.json:2:1: a second JSON value: a file has one, so put them in a list, `[{..}, {..}]`
     "#]]
-    .assert_eq(&said("lines.json", lines));
+    .assert_eq(&parse_outcome("lines.json", lines));
     expect![[r#"
         native
         port.yaml:1:7: `port`: port 70000 is out of range: 1 to 65535
     "#]]
-    .assert_eq(&said("port.yaml", "port: 70000\nendpoints: [10.0.0.1:80]\n"));
+    .assert_eq(&parse_outcome("port.yaml", "port: 70000\nendpoints: [10.0.0.1:80]\n"));
     expect![[r#"
         native
         escape.yaml:1:13: ` [31mred` has no port: write ` [31mred:8080`, an address and a port
     "#]]
-    .assert_eq(&said("escape.yaml", "endpoints: [\"\\e[31mred\"]\n"));
+    .assert_eq(&parse_outcome("escape.yaml", "endpoints: [\"\\e[31mred\"]\n"));
 }
 
 #[test]
@@ -484,10 +484,10 @@ fn a_weight_is_what_it_is_written_as_and_a_small_one_is_no_drain() {
         linkerd
         web ["10.0.0.1:80 *1000 unknown", "10.0.0.2:80 *1000 unknown", "10.0.0.3:80 *1 unknown", "10.0.0.4:80 *1 draining"]
     "#]]
-        .assert_eq(&said("web", "10.0.0.1 80\n10.0.0.2 80\n10.0.0.3 80 * 0.001\n10.0.0.4 80 * 0\n"));
+        .assert_eq(&parse_outcome("web", "10.0.0.1 80\n10.0.0.2 80\n10.0.0.3 80 * 0.001\n10.0.0.4 80 * 0\n"));
     expect![[r#"
         linkerd
         api ["10.0.0.1:80 *1000000 unknown", "10.0.0.3:80 *1 unknown"]
     "#]]
-    .assert_eq(&said("api", "10.0.0.1 80 * 1000000\n10.0.0.3 80 * 0.5\n"));
+    .assert_eq(&parse_outcome("api", "10.0.0.1 80 * 1000000\n10.0.0.3 80 * 0.5\n"));
 }

@@ -23,7 +23,7 @@ fn endpoint(port: u16, health: Health) -> Endpoint {
 
 /// Parses endpoints such as `1 2 3d 4u`: each word is a port, with the suffix `d` for draining, `u` for
 /// unhealthy or `h` for healthy.
-fn seen(service: &str, endpoints: &str) -> ServiceView {
+fn service_view(service: &str, endpoints: &str) -> ServiceView {
     let endpoint = |word: &str| {
         let (port, health) = match word.split_at(word.len() - 1) {
             (port, "d") => (port, Health::Draining),
@@ -44,14 +44,14 @@ fn seen(service: &str, endpoints: &str) -> ServiceView {
     }))
 }
 
-fn ports(seen: &ServiceView) -> Vec<String> {
+fn ports(service_view: &ServiceView) -> Vec<String> {
     let mark = |e: &Endpoint| match e.health {
         Health::Draining => "d",
         Health::Unhealthy => "u",
         Health::Healthy => "h",
         Health::Unknown => "",
     };
-    seen.registration.endpoints.iter().map(|e| format!("{}{}", e.address.port(), mark(e))).collect()
+    service_view.registration.endpoints.iter().map(|e| format!("{}{}", e.address.port(), mark(e))).collect()
 }
 
 /// A guard, and a source that reports the same at each confirming read unless `unreadable` is set.
@@ -119,10 +119,10 @@ fn run(config: GuardConfig, script: &str, expected: Expect) {
     let orders: ServiceName = "orders".parse().unwrap();
     let mut shown = String::new();
     for line in script.lines().map(str::trim).filter(|line| !line.is_empty()) {
-        let (second, said) = line.split_once(':').unwrap();
+        let (second, message) = line.split_once(':').unwrap();
         let now = start + Duration::from_secs(second.parse().unwrap());
         sim.until(now);
-        match said.trim() {
+        match message.trim() {
             "" => {}
             "failed" => sim.guard.source_failed(now),
             "unreadable" => sim.unreadable = true,
@@ -134,10 +134,10 @@ fn run(config: GuardConfig, script: &str, expected: Expect) {
                 let emptied = std::iter::once(orders.clone()).collect();
                 sim.observe(Registrations { emptied, ..Registrations::default() }, now);
             }
-            said => {
+            message => {
                 let reported = ServiceView {
-                    empty_on_purpose: said == "[]",
-                    ..seen("orders", said.trim_matches(['[', ']', '.']))
+                    empty_on_purpose: message == "[]",
+                    ..service_view("orders", message.trim_matches(['[', ']', '.']))
                 };
                 let services = std::iter::once((orders.clone(), reported)).collect();
                 sim.observe(Registrations { services, ..Registrations::default() }, now);
@@ -147,9 +147,10 @@ fn run(config: GuardConfig, script: &str, expected: Expect) {
         shown += &format!("{line:<20} => ");
         match believed.services.get("orders") {
             None => shown += "gone",
-            Some(seen) => {
-                shown += &format!("{} {}", seen.state, ports(seen).join(" "));
-                shown += &seen.because.as_ref().map(|because| format!(" ({because})")).unwrap_or_default();
+            Some(service_view) => {
+                shown += &format!("{} {}", service_view.state, ports(service_view).join(" "));
+                shown +=
+                    &service_view.because.as_ref().map(|because| format!(" ({because})")).unwrap_or_default();
             }
         }
         if let Some(deadline) = sim.guard.deadline() {
@@ -424,7 +425,7 @@ fn a_source_that_does_not_answer_confirms_nothing() {
 #[test]
 fn what_was_believed_before_a_restart_is_guarded_too() {
     let last_good = Registrations {
-        services: std::iter::once(("orders".parse().unwrap(), seen("orders", "1 2"))).collect(),
+        services: std::iter::once(("orders".parse().unwrap(), service_view("orders", "1 2"))).collect(),
         ..Registrations::default()
     };
     let now = Instant::now();
@@ -442,7 +443,7 @@ fn what_did_not_change_keeps_its_pointer() {
     let now = Instant::now();
     let mut guard = Guard::new("file:services.d", GuardConfig::default());
     let reported = |endpoints| Registrations {
-        services: std::iter::once(("orders".parse().unwrap(), seen("orders", endpoints))).collect(),
+        services: std::iter::once(("orders".parse().unwrap(), service_view("orders", endpoints))).collect(),
         ..Registrations::default()
     };
     guard.observe(reported("1 2 3"), now);

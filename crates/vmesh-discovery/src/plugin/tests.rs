@@ -25,14 +25,15 @@ fn source(config: PluginConfig) -> (PluginSource, Arc<Counters>) {
 }
 
 fn show(view: &Registrations) -> String {
-    let services = view.services.iter().map(|(name, seen)| {
-        let addresses: Vec<_> = seen.registration.endpoints.iter().map(|e| e.address.to_string()).collect();
-        format!("{name} {} {addresses:?}", seen.state)
+    let services = view.services.iter().map(|(name, observed)| {
+        let addresses: Vec<_> =
+            observed.registration.endpoints.iter().map(|e| e.address.to_string()).collect();
+        format!("{name} {} {addresses:?}", observed.state)
     });
     services.collect::<Vec<_>>().join("; ")
 }
 
-async fn said(source: &mut PluginSource) -> String {
+async fn next_outcome(source: &mut PluginSource) -> String {
     match tokio::time::timeout(SOON, source.next()).await.unwrap() {
         Ok(view) => show(&view),
         Err(error) => chain(&error),
@@ -71,17 +72,17 @@ async fn a_program_that_fails_ends_or_is_silent_is_a_failure_and_is_started_agai
         *) echo '{"type":"view","services":[{"service":"a","endpoints":["10.0.0.1:80"]}]}'; cat > rest;;
         esac"#;
     let (mut source, counters) = source(plugin(&dir, script));
-    assert_eq!(said(&mut source).await, r#"a fresh ["10.0.0.1:80"]"#);
+    assert_eq!(next_outcome(&mut source).await, r#"a fresh ["10.0.0.1:80"]"#);
     assert_eq!(
-        said(&mut source).await,
+        next_outcome(&mut source).await,
         "discovery source `plugin:plugin.sh` could not read its registry: 503"
     );
-    let ended = said(&mut source).await;
+    let ended = next_outcome(&mut source).await;
     assert!(
         ended.contains("could not wait for its program `/") && ended.contains("it is started again"),
         "{ended}"
     );
-    let nonsense = said(&mut source).await;
+    let nonsense = next_outcome(&mut source).await;
     assert!(
         nonsense.ends_with(
             "could not read the output of its program: `Traceback (most recent call last):` is not a JSON object: \
@@ -89,10 +90,10 @@ async fn a_program_that_fails_ends_or_is_silent_is_a_failure_and_is_started_agai
         ),
         "{nonsense}"
     );
-    let silent = said(&mut source).await;
+    let silent = next_outcome(&mut source).await;
     assert!(silent.contains("it said nothing for 1 s, and was ended"), "{silent}");
     // The view equals the first one and is returned nevertheless, because the source answers again.
-    assert_eq!(said(&mut source).await, r#"a fresh ["10.0.0.1:80"]"#);
+    assert_eq!(next_outcome(&mut source).await, r#"a fresh ["10.0.0.1:80"]"#);
     assert_eq!(counters.connects.load(Relaxed), 3);
 }
 
@@ -105,7 +106,7 @@ async fn a_program_is_asked_to_confirm_and_answers_with_a_view() {
         echo '{"type":"view","services":[{"service":"b","endpoints":[]}]}'
         echo '{"type":"view","confirms":1,"services":[]}'; cat > rest"#;
     let (mut source, _) = source(plugin(&dir, script));
-    assert_eq!(said(&mut source).await, r#"a fresh ["10.0.0.1:80"]"#);
+    assert_eq!(next_outcome(&mut source).await, r#"a fresh ["10.0.0.1:80"]"#);
     let services = BTreeSet::from(["a".parse().unwrap()]);
     let confirmed = tokio::time::timeout(SOON, source.confirm(&services)).await.unwrap().unwrap();
     assert_eq!(show(&confirmed), "");
@@ -121,8 +122,8 @@ async fn what_cannot_be_read_of_a_service_leaves_it_as_it_was() {
         echo '{"type":"view","services":[{"service":"a","endpoints":["10.0.0.1"]},{"service":"b","endpoints":["10.0.0.2:80","10.0.0.3:80","10.0.0.4:80","10.0.0.5:80","10.0.0.6:80"]}]}'
         cat > rest"#;
     let (mut source, counters) = source(plugin(&dir, script));
-    said(&mut source).await;
-    let second = said(&mut source).await;
+    next_outcome(&mut source).await;
+    let second = next_outcome(&mut source).await;
     assert!(second.starts_with(r#"a stale ["10.0.0.1:80"]; b fresh ["10.0.0.2:80", "#), "{second}");
     assert_eq!(counters.bad_records.load(Relaxed), 1);
 }
@@ -133,13 +134,13 @@ async fn a_line_without_end_a_program_that_is_not_there_and_bytes_are_failures()
     let mut config = plugin(&dir, "read hello; printf '\\377\\376\\n'; yes | tr -d '\\n'");
     config.max_bytes = 100_000;
     let (mut source, _) = source(config);
-    let bytes = said(&mut source).await;
+    let bytes = next_outcome(&mut source).await;
     assert!(bytes.ends_with("it printed bytes that are not UTF-8"), "{bytes}");
     let dir = place();
     let mut config = plugin(&dir, "read hello; yes | tr -d '\\n'");
     config.max_bytes = 100_000;
     let (mut source, _) = self::source(config);
-    let long = said(&mut source).await;
+    let long = next_outcome(&mut source).await;
     assert!(long.ends_with("it printed a line of more than 100000 bytes (`max_bytes`)"), "{long}");
     let config = PluginConfig {
         command: ["/no/such/plugin", "--token=s3cret"].map(String::from).to_vec(),
@@ -147,7 +148,7 @@ async fn a_line_without_end_a_program_that_is_not_there_and_bytes_are_failures()
     };
     let (mut source, _) = self::source(config);
     assert_eq!(
-        said(&mut source).await,
+        next_outcome(&mut source).await,
         "discovery source `plugin:plugin` could not start its program `/no/such/plugin`: No such file or directory \
          (os error 2)"
     );
@@ -160,7 +161,7 @@ async fn a_program_goes_when_its_source_does() {
         &dir,
         "read hello; echo '{\"type\":\"view\",\"services\":[]}'; cat > rest; echo gone > gone; sleep 60",
     ));
-    assert_eq!(said(&mut source).await, "");
+    assert_eq!(next_outcome(&mut source).await, "");
     let path = dir.to_path_buf();
     assert!(!vmesh_testkit::process::naming(&path).is_empty());
     drop(source);
@@ -177,7 +178,7 @@ async fn what_was_said_while_nobody_listened_is_no_silence() {
     let script = r#"read hello; for i in 1 2 3 4 5 6 7 8 9 10; do echo '{"type":"failed","message":"503"}'; done; cat > rest"#;
     let (mut source, _) = source(plugin(&dir, script));
     for _ in 0..10 {
-        let failed = said(&mut source).await;
+        let failed = next_outcome(&mut source).await;
         assert!(failed.ends_with("could not read its registry: 503"), "{failed}");
         // Longer than `silence`.
         tokio::time::sleep(Duration::from_millis(1100)).await;
@@ -215,7 +216,7 @@ async fn what_a_program_has_started_goes_with_it_also_what_left_its_group() {
     let mut config = plugin(&dir, &script);
     config.silence = Duration::from_secs(30);
     let (mut source, _) = source(config);
-    assert_eq!(said(&mut source).await, "");
+    assert_eq!(next_outcome(&mut source).await, "");
     let path = dir.to_path_buf();
     wait_for("the program and its children to run", SOON, async || {
         let running = vmesh_testkit::process::naming(&path).len();
@@ -239,7 +240,7 @@ async fn a_program_has_the_environment_that_is_written_down_and_never_the_way_to
         &dir,
         "read hello; env -0 | tr '\\0' '\\n' | cut -d= -f1 | sort > env; echo '{\"type\":\"view\",\"services\":[]}'; cat > rest",
     ));
-    assert_eq!(said(&mut source).await, "");
+    assert_eq!(next_outcome(&mut source).await, "");
     let names = fs::read_to_string(dir.join("env")).unwrap();
     // Variables that the shell itself sets do not count.
     let of_the_shell = ["PWD", "OLDPWD", "SHLVL", "_", "VMESH_PLUGIN_RUN"];
@@ -260,7 +261,7 @@ async fn a_program_has_the_environment_that_is_written_down_and_never_the_way_to
     );
     config.pass_env = vec!["CARGO_MANIFEST_DIR".to_owned()];
     let (mut source, _) = self::source(config);
-    assert_eq!(said(&mut source).await, "");
+    assert_eq!(next_outcome(&mut source).await, "");
     let passed = fs::read_to_string(dir.join("env")).unwrap();
     assert_eq!(passed.trim_end(), std::env::var("CARGO_MANIFEST_DIR").unwrap());
 }
@@ -275,6 +276,6 @@ async fn a_program_that_fills_its_standard_error_is_heard_all_the_same() {
     let mut config = plugin(&dir, &script);
     config.silence = Duration::from_secs(60);
     let (mut source, _) = source(config);
-    let said = tokio::time::timeout(Duration::from_secs(60), source.next()).await.unwrap().unwrap();
-    assert_eq!(show(&said), r#"a fresh ["10.0.0.1:80"]"#);
+    let outcome = tokio::time::timeout(Duration::from_secs(60), source.next()).await.unwrap().unwrap();
+    assert_eq!(show(&outcome), r#"a fresh ["10.0.0.1:80"]"#);
 }

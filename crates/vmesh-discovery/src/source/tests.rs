@@ -25,8 +25,8 @@ enum ConfirmingRead {
 impl Source for ScriptedSource {
     async fn next(&mut self) -> Result<Registrations, SourceError> {
         match self.heard.recv().await {
-            Some(said) => {
-                self.last = said?;
+            Some(message) => {
+                self.last = message?;
                 Ok(self.last.clone())
             }
             None => std::future::pending().await,
@@ -43,7 +43,7 @@ impl Source for ScriptedSource {
 }
 
 fn registrations(services: &[(&str, u16)]) -> Registrations {
-    let seen = |(service, endpoints): &(&str, u16)| {
+    let observed = |(service, endpoints): &(&str, u16)| {
         let endpoint = |port| Endpoint {
             address: ([10, 0, 0, 1], port).into(),
             hostname: None,
@@ -64,7 +64,7 @@ fn registrations(services: &[(&str, u16)]) -> Registrations {
         };
         (name, ServiceView::fresh(Arc::new(registration)))
     };
-    Registrations { services: services.iter().map(seen).collect(), ..Registrations::default() }
+    Registrations { services: services.iter().map(observed).collect(), ..Registrations::default() }
 }
 
 fn failed() -> SourceError {
@@ -78,7 +78,9 @@ fn failed() -> SourceError {
 fn show(view: &View) -> String {
     let services: Vec<_> = view
         .services()
-        .map(|(name, seen)| format!("{name} {} {}", seen.registration.endpoints.len(), seen.state))
+        .map(|(name, observed)| {
+            format!("{name} {} {}", observed.registration.endpoints.len(), observed.state)
+        })
         .collect();
     format!(
         "{services:?} stale: {:?} held: {}",
@@ -370,7 +372,7 @@ async fn a_first_view_of_which_a_part_cannot_be_used_is_not_served_until_it_can_
         assert_eq!(followed.handle.views.borrow().unusable, None);
     }
     // A record that was read and left out delays only itself, unless the source has nothing else.
-    let left_out = |told| Registrations { left_out: vec!["pay: no port".into()], ..told };
+    let left_out = |reported| Registrations { left_out: vec!["pay: no port".into()], ..reported };
     let mut fresh = self::followed(View::default());
     fresh.say.send(Ok(left_out(registrations(&[])))).unwrap();
     let unusable = |view: &View| view.unusable.as_ref().is_some_and(|why| why.contains("pay: no port"));

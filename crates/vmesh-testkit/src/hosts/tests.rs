@@ -29,14 +29,18 @@ fn hosts_boot_reach_each_other_by_name_and_leave_nothing_behind() {
     a.sh("test -f /sys/fs/cgroup/cgroup.controllers; systemd-run --wait --pipe -p DynamicUser=yes true")
         .unwrap();
     assert!(b.exec(&["nft", "list", "ruleset"]).unwrap().is_empty());
-    let said = a.output(&["sh", "-c", "echo out; echo err >&2; exit 3"]).unwrap();
-    assert_eq!(said.status.code(), Some(3));
+    let message = a.output(&["sh", "-c", "echo out; echo err >&2; exit 3"]).unwrap();
+    assert_eq!(message.status.code(), Some(3));
     let error = a.exec(&["sh", "-c", "echo why >&2; exit 3"]).unwrap_err().to_string();
     assert!(error.contains("on web-1 failed (exit status: 3)") && error.contains("why"), "{error}");
 
     let output = a.ssh("hostname; echo $SSH_CONNECTION").output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(said.starts_with("web-1\n10.88.255.254 "), "{said} {}", String::from_utf8_lossy(&output.stderr));
+    let message = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        message.starts_with("web-1\n10.88.255.254 "),
+        "{message} {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 
     let (dir, name) = (fleet.inner.disk.dir.clone(), fleet.inner.disk.name.clone());
     drop((a, b, fleet));

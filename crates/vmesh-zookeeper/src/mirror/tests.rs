@@ -18,12 +18,12 @@ fn tree(paths: &[&str]) -> Option<Arc<Node>> {
     tree
 }
 
-fn starts(roots: &[Root], seen: &[RootView], events: &[(usize, zk::EventType, &str)]) -> String {
+fn starts(roots: &[Root], observed: &[RootView], events: &[(usize, zk::EventType, &str)]) -> String {
     let mut dirty = DirtyPaths::default();
     for (root, kind, path) in events {
         assert!(dirty.add_event(roots, *root, event(*kind, path)));
     }
-    let starts = dirty.starts(roots, seen);
+    let starts = dirty.starts(roots, observed);
     let known = |start: &ReadStart| {
         let known = start.known.iter().map(|name| format!(" {name}"));
         known.collect::<String>()
@@ -35,13 +35,13 @@ fn starts(roots: &[Root], seen: &[RootView], events: &[(usize, zk::EventType, &s
 fn events_for_one_path_are_one_reading_of_it() {
     use zk::EventType::*;
     let roots = [Root::new("/services").unwrap(), Root::new("/").unwrap()];
-    let seen = [
+    let observed = [
         RootView { tree: tree(&["pay", "pay/a", "orders"]), failed: None },
         RootView { tree: tree(&["x"]), failed: None },
     ];
-    let told = starts(
+    let reported = starts(
         &roots,
-        &seen,
+        &observed,
         &[
             (0, NodeDataChanged, "/services/pay/a"),
             (0, NodeDataChanged, "/services/pay/a"),
@@ -71,14 +71,14 @@ fn events_for_one_path_are_one_reading_of_it() {
         1 /x Subtree
         1 /y Subtree
     "#]]
-    .assert_eq(&told);
+    .assert_eq(&reported);
 }
 
 #[test]
 fn a_root_that_is_not_there_is_read_whole_when_anything_is_heard_of_it() {
     let roots = [Root::new("/a").unwrap()];
-    let told = starts(&roots, &[RootView::default()], &[(0, zk::EventType::NodeCreated, "/a/b/c")]);
-    assert_eq!(told, "0 /a Subtree\n");
+    let reported = starts(&roots, &[RootView::default()], &[(0, zk::EventType::NodeCreated, "/a/b/c")]);
+    assert_eq!(reported, "0 /a Subtree\n");
 }
 
 #[test]

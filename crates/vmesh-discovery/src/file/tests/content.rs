@@ -60,8 +60,8 @@ async fn a_bad_file_keeps_what_was_last_good_of_it() {
         ),
     ] {
         replace(&live.dir, "all.yaml", bad);
-        let seen = live.views_until(|shown| shown.contains("all.yaml")).await;
-        expected.assert_eq(seen.last().unwrap());
+        let observed = live.views_until(|shown| shown.contains("all.yaml")).await;
+        expected.assert_eq(observed.last().unwrap());
         replace(
             &live.dir,
             "all.yaml",
@@ -71,14 +71,14 @@ async fn a_bad_file_keeps_what_was_last_good_of_it() {
     }
     fs::remove_file(live.dir.join("all.yaml")).unwrap();
     symlink("all.yaml", live.dir.join("all.yaml")).unwrap();
-    let seen = live.views_until(|shown| shown.contains("all.yaml:") && !shown.contains("held")).await;
+    let observed = live.views_until(|shown| shown.contains("all.yaml:") && !shown.contains("held")).await;
     expect![[r#"
         a stale 10.0.0.1:80 (all.yaml: a symbolic link that leads back to itself)
         b stale 10.0.0.2:80 (all.yaml: a symbolic link that leads back to itself)
         orders fresh 10.0.0.1:80 10.0.0.2:80
         all.yaml: a symbolic link that leads back to itself; the last good content of this file stays in force
     "#]]
-    .assert_eq(seen.last().unwrap());
+    .assert_eq(observed.last().unwrap());
 }
 
 #[tokio::test]
@@ -115,21 +115,21 @@ async fn a_bad_file_keeps_what_was_known_of_it_before_a_restart() {
         orders.yaml:1:26: `db` cannot be resolved: no such host; this endpoint is left out
         STALE the source has not answered since the start; its view from before the start is in force
     "#]]).await;
-    let seen = live.views_until(|shown| !shown.contains("STALE")).await;
+    let observed = live.views_until(|shown| !shown.contains("STALE")).await;
     expect![[r#"
         orders stale 10.0.0.1:80 10.0.0.7:80 (orders.yaml:1:12: this `[` is never closed)
         web fresh 10.0.1.1:80
         orders.yaml:1:12: this `[` is never closed; the last good content of this file stays in force
     "#]]
-    .assert_eq(seen.last().unwrap());
+    .assert_eq(observed.last().unwrap());
     replace(&live.dir, "orders.yaml", "endpoints: [10.0.0.1:80, db:80]\n");
-    let seen = live.views_until(|shown| shown.contains("resolved")).await;
+    let observed = live.views_until(|shown| shown.contains("resolved")).await;
     expect![[r#"
         orders stale 10.0.0.1:80 10.0.0.7:80 (`db` cannot be resolved: no such host; its last addresses stay in force)
         web fresh 10.0.1.1:80
         orders.yaml:1:26: `db` cannot be resolved: no such host; its last addresses stay in force
     "#]]
-    .assert_eq(seen.last().unwrap());
+    .assert_eq(observed.last().unwrap());
 }
 
 #[tokio::test]
@@ -167,14 +167,15 @@ async fn a_job_is_put_together_from_several_files_and_loses_no_part_to_a_file_th
     let config = FileConfig { watch: false, ..config(&dir) };
     let mut disk = Disk::new(config, Arc::default(), Some(&last_good));
     let all = ["a.json", "b.json", "c.json"].map(|file| dir.join(file));
-    let whole = |told: &crate::assemble::ServiceStatement| match &told.content {
+    let whole = |reported: &crate::assemble::ServiceStatement| match &reported.content {
         ServiceContent::Parsed(service) => service.endpoints.len(),
         ServiceContent::Restored(known) => known.endpoints.len(),
     };
     let restarted = scan(&mut disk, &all, true);
-    let told = &restarted.statement.services["node"];
-    assert_eq!(whole(told), 2);
-    let because = told.partial_because.as_deref().expect("what is missing may be in the file that is broken");
+    let reported = &restarted.statement.services["node"];
+    assert_eq!(whole(reported), 2);
+    let because =
+        reported.partial_because.as_deref().expect("what is missing may be in the file that is broken");
     assert!(because.contains("b.json"), "{because}");
     // Once the file is readable again, endpoints that it does not list are removed.
     fs::write(dir.join("b.json"), "[]").unwrap();
@@ -251,17 +252,18 @@ async fn an_address_that_nobody_can_dial_is_left_out_of_every_format_and_is_no_b
     let view = live.views.borrow().clone();
     assert_eq!(view.unusable, None);
     let last_good = view.last_good.clone().unwrap();
-    for (name, seen) in &last_good.services {
-        let endpoints: Vec<_> = seen.registration.endpoints.iter().map(|e| e.address.to_string()).collect();
+    for (name, observed) in &last_good.services {
+        let endpoints: Vec<_> =
+            observed.registration.endpoints.iter().map(|e| e.address.to_string()).collect();
         let expected: &[&str] = if name.as_str().starts_with("only") { &[] } else { &["10.9.9.9:80"] };
         assert_eq!(endpoints, expected, "{name}");
     }
     assert_eq!(last_good.services.len(), 5 * addresses.len());
-    let said = last_good.problems.iter().filter(|problem| {
+    let undialable = last_good.problems.iter().filter(|problem| {
         problem.message.contains("is not an address that can be dialled")
             && problem.message.ends_with("this endpoint is left out")
     });
-    assert_eq!(said.count(), 5 * addresses.len(), "{:#?}", last_good.problems);
+    assert_eq!(undialable.count(), 5 * addresses.len(), "{:#?}", last_good.problems);
 
     // The last good endpoints stay when none of the new addresses can be dialled, and the guard holds the
     // removal.

@@ -47,9 +47,9 @@ fn of_a_thousand_files_the_one_that_changed_is_parsed() {
     fs::write(&path, text(500, 2)).unwrap();
     let changed = scan(&mut disk, &[path], false);
     assert_eq!(changed.parsed, 1);
-    for (name, told) in &changed.statement.services {
+    for (name, reported) in &changed.statement.services {
         let (ServiceContent::Parsed(before), ServiceContent::Parsed(now)) =
-            (&first.statement.services[name].content, &told.content)
+            (&first.statement.services[name].content, &reported.content)
         else {
             panic!()
         };
@@ -201,14 +201,19 @@ fn any_change() -> impl Strategy<Value = FileChange> {
 }
 
 /// Returns the statement about each service, and the subjects that have problems.
-fn said(statement: &Statement) -> (Vec<String>, BTreeSet<String>) {
-    let service = |(name, told): (&ServiceName, &crate::assemble::ServiceStatement)| match &told.content {
-        ServiceContent::Parsed(service) => {
-            let addresses: Vec<_> = service.endpoints.iter().map(|e| e.address.to_string()).collect();
-            format!("{name} {addresses:?} of {} stale {}", service.place.file, told.stale_because.is_some())
-        }
-        ServiceContent::Restored(_) => format!("{name} restored"),
-    };
+fn summary(statement: &Statement) -> (Vec<String>, BTreeSet<String>) {
+    let service =
+        |(name, reported): (&ServiceName, &crate::assemble::ServiceStatement)| match &reported.content {
+            ServiceContent::Parsed(service) => {
+                let addresses: Vec<_> = service.endpoints.iter().map(|e| e.address.to_string()).collect();
+                format!(
+                    "{name} {addresses:?} of {} stale {}",
+                    service.place.file,
+                    reported.stale_because.is_some()
+                )
+            }
+            ServiceContent::Restored(_) => format!("{name} restored"),
+        };
     let problems = statement.problems.iter().map(|p| format!("{} {}", p.place.file, p.subject));
     (statement.services.iter().map(service).collect(), problems.collect())
 }
@@ -269,7 +274,7 @@ proptest! {
         let all = disk.fresh_copy().scan(&ScanRequest::default(), true).unwrap();
         prop_assert_eq!(all.again, None);
         let all = all.statement;
-        prop_assert_eq!(said(&statement), said(&all));
+        prop_assert_eq!(summary(&statement), summary(&all));
     }
 }
 
@@ -325,7 +330,7 @@ fn a_format_that_is_given_is_not_guessed() {
 fn errors_of_the_file_system_are_said_in_plain_words() {
     use rustix::io::Errno;
     let errors = [Errno::ACCESS, Errno::LOOP, Errno::NOENT, Errno::STALE, Errno::IO, Errno::MFILE];
-    let said: String = errors
+    let summary: String = errors
         .into_iter()
         .map(|errno| format!("{}\n", crate::file::disk::explain_error(&errno.into())))
         .collect();
@@ -337,7 +342,7 @@ fn errors_of_the_file_system_are_said_in_plain_words() {
         input/output error
         too many open files
     "#]]
-    .assert_eq(&said);
+    .assert_eq(&summary);
 }
 
 #[test]
@@ -367,14 +372,14 @@ fn what_a_file_says_that_not_everybody_may_read_is_not_shown_to_everybody() {
         let mut disk = Disk::new(config, Arc::default(), None);
         let all = ["a.yaml", "b", "c.yaml", "d.yaml", "open.yaml"].map(|file| dir.join(file));
         let scan = scan(&mut disk, &all, true);
-        let said = format!("{:?} {:?}", scan.statement.problems, scan.statement.unusable);
-        assert_eq!(said.contains(SECRET), quotes, "{said}");
-        assert!(said.contains("everybody-may-see-this"), "{said}");
+        let summary = format!("{:?} {:?}", scan.statement.problems, scan.statement.unusable);
+        assert_eq!(summary.contains(SECRET), quotes, "{summary}");
+        assert!(summary.contains("everybody-may-see-this"), "{summary}");
         for file in ["a.yaml", "b", "c.yaml", "d.yaml"] {
             let place = dir.join(file).display().to_string();
             assert!(
                 scan.statement.problems.iter().any(|problem| *problem.place.file == *place),
-                "{file}: {said}"
+                "{file}: {summary}"
             );
         }
     }

@@ -383,7 +383,7 @@ fn what_is_not_wanted_is_left_out_without_a_word() {
 
 #[test]
 fn tags_and_metadata_say_version_zone_protocol_and_weight() {
-    let said = |(config, service): (&str, Value)| shown(&[&one(service)], &rules(config)) + "\n";
+    let message = |(config, service): (&str, Value)| shown(&[&one(service)], &rules(config)) + "\n";
     expect![[r#"
         http2
         10.1.0.1:8080 weight 7 healthy zone a1 version v3 {"datacenter": "dc1", "node": "vm-1", "tag.v2": "true", "tag.v3": "true", "tag.x": "true"}
@@ -415,7 +415,7 @@ fn tags_and_metadata_say_version_zone_protocol_and_weight() {
             ),
             ("{}", json!({"Meta": {"weight": "0"}})),
         ]
-        .map(said)
+        .map(message)
         .concat(),
     );
 }

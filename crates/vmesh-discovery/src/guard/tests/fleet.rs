@@ -9,19 +9,19 @@ fn fleet(config: GuardConfig, script: &str, expected: Expect) {
     let mut sim = Sim::of(config);
     let mut shown = String::new();
     for line in script.lines().map(str::trim).filter(|line| !line.is_empty()) {
-        let (second, said) = line.split_once(':').unwrap();
+        let (second, message) = line.split_once(':').unwrap();
         let now = start + Duration::from_secs(second.parse().unwrap());
         sim.until(now);
-        match said.trim() {
+        match message.trim() {
             "" => {}
             "accept" => _ = sim.guard.accept(None).unwrap(),
-            said if said.starts_with("accept ") => {
-                _ = sim.guard.accept(Some(&said["accept ".len()..].parse().unwrap())).unwrap();
+            message if message.starts_with("accept ") => {
+                _ = sim.guard.accept(Some(&message["accept ".len()..].parse().unwrap())).unwrap();
             }
             "failed" => sim.guard.source_failed(now),
-            said => {
+            message => {
                 let mut reported = Registrations::default();
-                for service in said.split(';') {
+                for service in message.split(';') {
                     let (name, endpoints) = service.trim().split_once(' ').unwrap_or((service.trim(), ""));
                     let mut ports = String::new();
                     for word in endpoints.split_whitespace() {
@@ -37,7 +37,7 @@ fn fleet(config: GuardConfig, script: &str, expected: Expect) {
                         }
                     }
                     // An unchanged service keeps its pointer, as in a real source.
-                    let now = seen(name, &ports);
+                    let now = service_view(name, &ports);
                     let same = sim
                         .reported
                         .services
@@ -49,11 +49,11 @@ fn fleet(config: GuardConfig, script: &str, expected: Expect) {
             }
         }
         let believed = sim.judge(now);
-        let counts = believed.services.iter().map(|(name, seen)| {
+        let counts = believed.services.iter().map(|(name, service_view)| {
             format!(
                 "{name} {}{}",
-                seen.registration.endpoints.len(),
-                if seen.state == State::Held { "!" } else { "" }
+                service_view.registration.endpoints.len(),
+                if service_view.state == State::Held { "!" } else { "" }
             )
         });
         shown += &format!("{line:<24} => {}", counts.collect::<Vec<_>>().join(", "));

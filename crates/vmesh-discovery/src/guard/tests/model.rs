@@ -27,7 +27,7 @@ fn step() -> impl Strategy<Value = Step> {
 #[derive(Default)]
 struct Model {
     /// The listed endpoints of each service over time. A failing source adds no entry.
-    said: [Vec<(Option<Instant>, BTreeSet<u16>)>; 3],
+    reports: [Vec<(Option<Instant>, BTreeSet<u16>)>; 3],
     /// The history of the total number of endpoints.
     totals: Vec<(Instant, usize)>,
     /// Set while the source lists less than 65 % of this number, which it listed throughout the window
@@ -45,13 +45,13 @@ impl Model {
     fn says(&mut self, says: &[Option<BTreeSet<u16>>; 3], before: &Registrations, now: Instant) {
         let again = std::mem::take(&mut self.failing);
         for (at, says) in says.iter().enumerate() {
-            let said = self.said[at].last().map(|(_, said)| said.clone()).unwrap_or_default();
-            let is_all_named = shown(before, at) == said;
-            self.most[at] = if is_all_named { said.len() } else { self.most[at].max(said.len()) };
+            let reports = self.reports[at].last().map(|(_, reports)| reports.clone()).unwrap_or_default();
+            let is_all_named = shown(before, at) == reports;
+            self.most[at] = if is_all_named { reports.len() } else { self.most[at].max(reports.len()) };
             let before = self.most[at];
             let says = says.clone().unwrap_or_default();
             if again {
-                self.said[at].iter_mut().for_each(|(since, _)| *since = since.map(|_| now));
+                self.reports[at].iter_mut().for_each(|(since, _)| *since = since.map(|_| now));
             }
             self.few[at] = match self.few[at] {
                 Some((_, of)) if says.len() * 2 >= of => None,
@@ -59,7 +59,7 @@ impl Model {
                 None if before >= 5 && says.len() * 2 < before => Some((now, before)),
                 None => None,
             };
-            self.said[at].push((Some(now), says));
+            self.reports[at].push((Some(now), says));
         }
         let total = says.iter().flatten().map(BTreeSet::len).sum();
         let window = Duration::from_secs(60);
@@ -75,14 +75,16 @@ impl Model {
 
     /// Returns `Ok` if `port` of a service may be removed at `now`.
     fn allows(&mut self, at: usize, port: u16, read: &[Instant], now: Instant) -> Result<(), String> {
-        let said = &self.said[at];
+        let reports = &self.reports[at];
         // Returns since when `holds` has been true of every entry up to the latest.
         let since = |holds: &dyn Fn(&BTreeSet<u16>) -> bool| {
-            let last = said.iter().rposition(|(_, said)| !holds(said)).map_or(0, |at| at + 1);
-            said.get(last).and_then(|(since, _)| *since)
+            let last = reports.iter().rposition(|(_, reports)| !holds(reports)).map_or(0, |at| at + 1);
+            reports.get(last).and_then(|(since, _)| *since)
         };
         let reads_since = |since: Instant| read.iter().filter(|at| **at >= since).count();
-        let Some(unnamed) = since(&|said| !said.contains(&port)) else { return Err("it is named".into()) };
+        let Some(unnamed) = since(&|reports| !reports.contains(&port)) else {
+            return Err("it is named".into());
+        };
         if now < unnamed + Duration::from_secs(10) {
             return Err("it is not named for less than 10 s".into());
         }
@@ -92,7 +94,7 @@ impl Model {
         if self.fleet.is_some() {
             return Err("too much of all is gone".into());
         }
-        if let Some(empty) = since(&|said| said.is_empty()) {
+        if let Some(empty) = since(&|reports| reports.is_empty()) {
             return match now >= empty + Duration::from_secs(30) && reads_since(empty) >= 2 {
                 true => Ok(()),
                 false => Err("nothing is named of it, and that is not confirmed".into()),
@@ -108,8 +110,12 @@ impl Model {
 }
 
 fn shown(believed: &Registrations, at: usize) -> BTreeSet<u16> {
-    let seen = believed.services.get(SERVICES[at]);
-    seen.into_iter().flat_map(|seen| seen.registration.endpoints.iter()).map(|e| e.address.port()).collect()
+    let service_view = believed.services.get(SERVICES[at]);
+    service_view
+        .into_iter()
+        .flat_map(|service_view| service_view.registration.endpoints.iter())
+        .map(|e| e.address.port())
+        .collect()
 }
 
 proptest! {
@@ -137,7 +143,7 @@ proptest! {
                     for (name, ports) in SERVICES.iter().zip(&says) {
                         let Some(ports) = ports else { continue };
                         let text: String = ports.iter().map(|port| format!("{port} ")).collect();
-                        view.services.insert(name.parse().unwrap(), seen(name, &text));
+                        view.services.insert(name.parse().unwrap(), service_view(name, &text));
                     }
                     sim.observe(view, now);
                     model.says(&says, &before, now);
@@ -206,7 +212,7 @@ fn check(
             }
             if old.difference(&new).next().is_some() && model.few[at].take().is_some() {
                 // The smaller number of endpoints is believed from now on.
-                model.most[at] = model.said[at].last().map_or(0, |(_, said)| said.len());
+                model.most[at] = model.reports[at].last().map_or(0, |(_, reports)| reports.len());
             }
         }
         *before = believed;

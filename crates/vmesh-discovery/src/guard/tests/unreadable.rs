@@ -7,14 +7,14 @@ fn what_was_left_because_it_could_not_be_read_is_never_confirmed() {
     let start = Instant::now();
     let at = |seconds| start + Duration::from_secs(seconds);
     let orders: ServiceName = "orders".parse().unwrap();
-    let reported = |seen: ServiceView| Registrations {
-        services: std::iter::once((orders.clone(), seen)).collect(),
+    let reported = |service_view: ServiceView| Registrations {
+        services: std::iter::once((orders.clone(), service_view)).collect(),
         ..Registrations::default()
     };
     let mut sim = Sim::of(GuardConfig::default());
-    sim.observe(reported(seen("orders", "1 2 3")), at(0));
+    sim.observe(reported(service_view("orders", "1 2 3")), at(0));
     sim.judge(at(0));
-    let nothing = seen("orders", "").registration;
+    let nothing = service_view("orders", "").registration;
     sim.observe(reported(ServiceView::stale(nothing.clone(), "`vm-1` cannot be resolved")), at(10));
     sim.judge(at(10));
     sim.until(at(3600));
@@ -30,7 +30,10 @@ fn what_was_left_because_it_could_not_be_read_is_never_confirmed() {
 }
 
 fn reported_services(services: impl IntoIterator<Item = ServiceView>) -> Registrations {
-    let services = services.into_iter().map(|seen| (seen.registration.service.clone(), seen)).collect();
+    let services = services
+        .into_iter()
+        .map(|service_view| (service_view.registration.service.clone(), service_view))
+        .collect();
     Registrations { services, ..Registrations::default() }
 }
 
@@ -41,12 +44,12 @@ fn what_can_be_read_in_part_is_followed_and_loses_nothing_until_all_can_or_that_
     let part = |endpoints: &str| ServiceView {
         extent: Extent::Part,
         because: Some("3 of 6 records are bad".into()),
-        ..seen("pay", endpoints)
+        ..service_view("pay", endpoints)
     };
     let name: ServiceName = "pay".parse().unwrap();
     for accepts in [false, true] {
         let mut guard = Guard::new("consul", GuardConfig::default());
-        guard.observe(reported_services([seen("pay", "1 2 3 4")]), at(0));
+        guard.observe(reported_services([service_view("pay", "1 2 3 4")]), at(0));
         guard.judge(at(0));
         // One addition, one endpoint that becomes unhealthy, and three endpoints that are no longer listed.
         guard.observe(reported_services([part("1u 5")]), at(1));
@@ -63,7 +66,7 @@ fn what_can_be_read_in_part_is_followed_and_loses_nothing_until_all_can_or_that_
             assert!(guard.held_changes().is_empty());
         } else {
             // The service is fully readable: missing endpoints are removed after `removal_hold`, not at once.
-            guard.observe(reported_services([seen("pay", "1 2 3 5")]), at(700));
+            guard.observe(reported_services([service_view("pay", "1 2 3 5")]), at(700));
             assert_eq!(ports(&guard.judge(at(701)).services[&name]), ["1", "2", "3", "4", "5"]);
             assert_eq!(ports(&guard.judge(at(711)).services[&name]), ["1", "2", "3", "5"]);
         }
@@ -74,7 +77,7 @@ fn what_can_be_read_in_part_is_followed_and_loses_nothing_until_all_can_or_that_
 fn what_is_served_though_its_source_cannot_say_it_is_listed_and_can_be_accepted() {
     let start = Instant::now();
     let at = |seconds| start + Duration::from_secs(seconds);
-    let known = seen("pay", "1 2");
+    let known = service_view("pay", "1 2");
     let unread = ServiceView {
         extent: Extent::Nothing,
         state: State::Stale,
@@ -83,7 +86,7 @@ fn what_is_served_though_its_source_cannot_say_it_is_listed_and_can_be_accepted(
     };
     let name: ServiceName = "pay".parse().unwrap();
     let mut guard = Guard::restored("consul", GuardConfig::default(), &reported_services([known]));
-    guard.observe(reported_services([unread.clone(), seen("web", "7")]), at(0));
+    guard.observe(reported_services([unread.clone(), service_view("web", "7")]), at(0));
     assert_eq!(ports(&guard.judge(at(3600)).services[&name]), ["1", "2"]);
     let held: Vec<_> = guard
         .held_changes()
@@ -93,9 +96,9 @@ fn what_is_served_though_its_source_cannot_say_it_is_listed_and_can_be_accepted(
     assert_eq!(held, [(Some(name.clone()), HoldKind::Unreadable, 2, 0)]);
     guard.accept(Some(&name)).unwrap();
     // The service stays removed while the source reports no change.
-    guard.observe(reported_services([unread, seen("web", "7")]), at(3700));
+    guard.observe(reported_services([unread, service_view("web", "7")]), at(3700));
     assert!(!guard.judge(at(3700)).services.contains_key(&name));
     assert!(guard.held_changes().is_empty());
-    guard.observe(reported_services([seen("pay", "3"), seen("web", "7")]), at(3800));
+    guard.observe(reported_services([service_view("pay", "3"), service_view("web", "7")]), at(3800));
     assert_eq!(ports(&guard.judge(at(3800)).services[&name]), ["3"]);
 }

@@ -81,9 +81,9 @@ fn reading(yaml: &str) -> ZookeeperState {
 fn show(reading: &ZookeeperState) -> String {
     let mut shown = String::new();
     let statement = reading.statement();
-    for (name, told) in &statement.services {
+    for (name, reported) in &statement.services {
         _ = write!(shown, "{name}");
-        match &told.content {
+        match &reported.content {
             ServiceContent::Parsed(parsed) => {
                 if let Some(protocol) = parsed.protocol {
                     _ = write!(shown, " {protocol}");
@@ -95,7 +95,7 @@ fn show(reading: &ZookeeperState) -> String {
             }
             ServiceContent::Restored(_) => shown += " restored",
         }
-        if let Some(because) = &told.stale_because {
+        if let Some(because) = &reported.stale_because {
             _ = write!(shown, " STALE {because}");
         }
         shown += "\n";

@@ -324,19 +324,19 @@ impl Chain {
         };
         for (kind, follow) in [(Cluster, Endpoint), (Listener, Route)] {
             for name in ["a", "b"] {
-                let seen = self.view.get(&(kind, name.to_owned()));
+                let observed = self.view.get(&(kind, name.to_owned()));
                 let expected = content(kind, name);
                 if expected.as_deref() != Some("bad") {
-                    assert_eq!(seen, expected.as_ref(), "{kind} {name}");
+                    assert_eq!(observed, expected.as_ref(), "{kind} {name}");
                 }
                 if expected.is_none_or(|expected| expected == "bad") {
                     continue;
                 }
-                let seen = self.view.get(&(follow, name.to_owned()));
+                let observed = self.view.get(&(follow, name.to_owned()));
                 match content(follow, name) {
                     Some(expected) if expected == "bad" => {}
-                    None if follow == Endpoint => assert_eq!(seen.map(String::as_str), Some("empty")),
-                    expected => assert_eq!(seen, expected.as_ref(), "{follow} {name}"),
+                    None if follow == Endpoint => assert_eq!(observed.map(String::as_str), Some("empty")),
+                    expected => assert_eq!(observed, expected.as_ref(), "{follow} {name}"),
                 }
             }
         }

@@ -561,13 +561,13 @@ fn r51_a_store_that_does_not_know_says_nothing() {
     envoy.subscribe(Endpoint, &["a"]);
     envoy.subscribe(Route, &["r"]);
     envoy.expect_silence_for(3600);
-    let told = [resource(Cluster, "a", "1"), Resource::absent(Cluster, "*")];
-    envoy.store = envoy.store.apply([("told".into(), Some(Group::new("told", told)))]);
+    let reported = [resource(Cluster, "a", "1"), Resource::absent(Cluster, "*")];
+    envoy.store = envoy.store.apply([("told".into(), Some(Group::new("told", reported)))]);
     envoy.show();
     envoy.expect_acked("cluster a=1");
     envoy.expect_silence_for(3600);
-    let told = Group::new("more", [resource(Endpoint, "a", "1"), Resource::absent(Route, "r")]);
-    envoy.store = envoy.store.apply([("more".into(), Some(told))]);
+    let reported = Group::new("more", [resource(Endpoint, "a", "1"), Resource::absent(Route, "r")]);
+    envoy.store = envoy.store.apply([("more".into(), Some(reported))]);
     envoy.show();
     envoy.expect_acked("endpoints a=1");
     envoy.expect_acked("route -r");

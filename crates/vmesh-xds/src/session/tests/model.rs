@@ -386,20 +386,20 @@ impl Client {
             };
             for name in names {
                 let expected = snapshot.get(kind, &name).map(|resource| content(&resource.value()));
-                let seen = self.view[kind].get(&name).map(|item| item.content.clone());
-                let place = format!("{:?} {kind} {name}: {seen:?} and not {expected:?}", self.protocol);
+                let observed = self.view[kind].get(&name).map(|item| item.content.clone());
+                let place = format!("{:?} {kind} {name}: {observed:?} and not {expected:?}", self.protocol);
                 match expected.as_deref() {
-                    Some("bad") => assert_ne!(seen.as_deref(), Some("bad"), "{place}"),
-                    Some(_) => assert_eq!(seen, expected, "{place}"),
+                    Some("bad") => assert_ne!(observed.as_deref(), Some("bad"), "{place}"),
+                    Some(_) => assert_eq!(observed, expected, "{place}"),
                     None => match AbsenceSignal::of(self.protocol, kind) {
                         AbsenceSignal::Silence => {}
                         AbsenceSignal::EmptyAssignment => {
-                            assert!(seen.is_none_or(|seen| seen == "empty"), "{place}")
+                            assert!(observed.is_none_or(|observed| observed == "empty"), "{place}")
                         }
                         _ if kind == Endpoint && snapshot.get(Cluster, &name).is_some() => {
-                            assert_eq!(seen.as_deref(), Some("empty"), "{place}");
+                            assert_eq!(observed.as_deref(), Some("empty"), "{place}");
                         }
-                        _ => assert_eq!(seen, None, "{place}"),
+                        _ => assert_eq!(observed, None, "{place}"),
                     },
                 }
             }
@@ -459,8 +459,8 @@ fn converges(protocol: Protocol, steps: &[Step], style: RejectionStyle) {
     assert_ne!(state, State::Pushing);
     if state == State::Synced {
         let asked = client.wants.iter().any(|(_, wants)| wants.asked);
-        let seen = client.session.status().generation_acked;
-        assert!(!asked || seen == client.world.generation() || seen == 0, "{seen}");
+        let observed = client.session.status().generation_acked;
+        assert!(!asked || observed == client.world.generation() || observed == 0, "{observed}");
     }
     // R19: neither time nor an unchanged snapshot causes a response.
     client.show();
@@ -635,8 +635,8 @@ proptest! {
         for (kind, wants) in client.wants.iter().filter(|_| !sotw) {
             for resource in snapshot.of_kind(kind).filter(|resource| wants.all || wants.names.contains(&**resource.name())) {
                 let expected = content(&resource.value());
-                let seen = client.view[kind].get(&**resource.name()).map(|item| item.content.as_str());
-                prop_assert!(expected == "bad" || seen == Some(&expected), "{kind} {}: {seen:?}", resource.name());
+                let observed = client.view[kind].get(&**resource.name()).map(|item| item.content.as_str());
+                prop_assert!(expected == "bad" || observed == Some(&expected), "{kind} {}: {observed:?}", resource.name());
             }
         }
         client.show();

@@ -312,12 +312,12 @@ fn an_envoy_that_hangs_is_shown_by_whichever_checks_see_it() {
     let report = report(&facts, &[]);
     let text = report.text();
     assert!(report.wants_attention() && text.contains(", 1 problem, "), "{text}");
-    for said in [
+    for message in [
         "x D20 Envoy's capture ports are open",
         "and so D25 Envoy is silent",
         "and so D20 redirects have lapsed",
     ] {
-        assert!(text.contains(said), "{said}: {text}");
+        assert!(text.contains(message), "{message}: {text}");
     }
 }
 
@@ -356,8 +356,8 @@ fn a_binary_that_is_no_envoy_comes_first_and_the_unit_that_waits_for_it_below() 
 #[test]
 fn what_envoy_or_a_control_plane_said_begins_no_line_and_moves_no_cursor() {
     let mut facts = well();
-    let said = "bad\u{1b}[2J\n0 checks, 0 problems\u{202e}";
-    set(&mut facts, HttpQuery::Agent, "/accepted/last_rejection", json!(said));
+    let message = "bad\u{1b}[2J\n0 checks, 0 problems\u{202e}";
+    set(&mut facts, HttpQuery::Agent, "/accepted/last_rejection", json!(message));
     let text = report(&facts, &["D26"]).text();
     assert!(!text.contains(['\u{1b}', '\u{202e}']) && !text.contains("\n0 checks"), "{text}");
     assert!(text.contains("bad\\u{1b}[2J"), "{text}");
