@@ -321,7 +321,7 @@ async fn on_a_new_replica_what_was_read_and_makes_no_sense_costs_itself() -> Res
         let _control = mesh.spawn_control()?;
         wait_for("a word on what it waits for", BOUND, async || {
             let message = waits_for(&mesh).await?;
-            if message.contains(lonely.0) && message.contains("nothing of it can be used") {
+            if message.contains(lonely.0) && message.contains("nothing in the source is usable") {
                 Ok(())
             } else {
                 Err(message)

@@ -226,7 +226,8 @@ fn respond(
     }
     let mut authority = answers.authority();
     let counts = authority.counts();
-    let says_anything = counts.ancount() > 0 || authority.header().tc() || matches!(verdict, Verdict::Error(_));
+    let says_anything =
+        counts.ancount() > 0 || authority.header().tc() || matches!(verdict, Verdict::Error(_));
     if !says_anything {
         let ttl = Ttl::from_secs(table.zone().negative_ttl);
         authority.push((apex(table)?, Class::IN, ttl, soa(table)?))?;

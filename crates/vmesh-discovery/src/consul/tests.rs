@@ -250,7 +250,7 @@ async fn nonsense_costs_the_service_that_it_is_about() {
     }
     // An invalid or empty catalogue only makes the view stale.
     for (status, nonsense, expected) in [
-        (200, json!("<html>"), "not what Consul is documented to say"),
+        (200, json!("<html>"), "not in Consul's documented format"),
         (200, json!({}), "not even itself"),
         (500, json!("rpc error"), "HTTP 500"),
         (403, json!("ACL not found"), "refused the token"),

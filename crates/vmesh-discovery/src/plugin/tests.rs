@@ -91,7 +91,7 @@ async fn a_program_that_fails_ends_or_is_silent_is_a_failure_and_is_started_agai
         "{nonsense}"
     );
     let silent = next_outcome(&mut source).await;
-    assert!(silent.contains("it said nothing for 1 s, and was ended"), "{silent}");
+    assert!(silent.contains("it printed no line for 1 s and was killed"), "{silent}");
     // The view equals the first one and is returned nevertheless, because the source answers again.
     assert_eq!(next_outcome(&mut source).await, r#"a fresh ["10.0.0.1:80"]"#);
     assert_eq!(counters.connects.load(Relaxed), 3);

@@ -180,7 +180,7 @@ async fn what_is_held_waits_for_the_source_to_be_read_again() {
             continue;
         }
         let why = followed.handle.views.borrow().held[0].because.clone();
-        assert!(why.contains("reading it again to be sure has failed"), "{why}");
+        assert!(why.contains("the confirming read failed"), "{why}");
         // Commands of the operator are answered while the read is under way.
         let service = Some("orders".parse().unwrap());
         let accepted = ask(&followed, |done| Command::Accept { service, done }).await;

@@ -36,7 +36,7 @@ async fn a_bad_file_keeps_what_was_last_good_of_it() {
                 a fresh 10.0.0.9:80
                 b stale 10.0.0.2:80 (all.yaml:2:16: unknown field `endpoint`, did you mean `endpoints`?)
                 orders fresh 10.0.0.1:80 10.0.0.2:80
-                all.yaml:2:16: unknown field `endpoint`, did you mean `endpoints`? What was last read of this service stays in force
+                all.yaml:2:16: unknown field `endpoint`, did you mean `endpoints`? The last good state of this service stays in force
             "#]],
         ),
         (

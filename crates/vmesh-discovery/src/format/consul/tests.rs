@@ -395,7 +395,7 @@ fn tags_and_metadata_say_version_zone_protocol_and_weight() {
         10.1.0.1:8080 weight 1 healthy zone b2 {"az": "b1", "datacenter": "dc1", "node": "vm-1"}
 
         10.1.0.1:8080 weight 4 healthy zone dc1 {"datacenter": "dc1", "node": "vm-1"}
-        consul:dc1/pay: instance `pay-1` on node `vm-1`: `heavy` is not a weight: a number from 0 to 1000000; Consul's own weight counts
+        consul:dc1/pay: instance `pay-1` on node `vm-1`: `heavy` is not a weight: a number from 0 to 1000000; Consul's own weight is used
         consul:dc1/pay: instance `pay-1` on node `vm-1`: `quic` is not a protocol that vmesh knows; it is ignored
 
         10.1.0.1:8080 weight 1 draining zone dc1 {"datacenter": "dc1", "node": "vm-1"}

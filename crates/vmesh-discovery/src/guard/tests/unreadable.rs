@@ -57,7 +57,7 @@ fn what_can_be_read_in_part_is_followed_and_loses_nothing_until_all_can_or_that_
         assert_eq!(ports(&believed.services[&name]), ["1u", "2", "3", "4", "5"]);
         let held = guard.held_changes();
         assert_eq!((held.len(), held[0].kind, held[0].had, held[0].has), (1, HoldKind::Unreadable, 5, 2));
-        assert!(held[0].because.contains("3 endpoints that are not named stay"), "{}", held[0].because);
+        assert!(held[0].because.contains("3 unlisted endpoints stay in force"), "{}", held[0].because);
         assert!(guard.take_notices().iter().any(|notice| notice.kind == NoticeKind::Held));
         assert_eq!(guard.deadline(), None, "time alone ends it not");
         if accepts {

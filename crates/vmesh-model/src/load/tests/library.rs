@@ -267,7 +267,7 @@ fn the_last_good_versions_outlive_a_restart() {
         Service payments [] (more.json:1:5)
         Route orders with 2 rules (mesh.d/orders.yaml:7:1)
         mesh.d/orders.yaml:3:7: port 0 is not a port: 1 to 65535; its last good version stays in force
-        mesh.d/orders.yaml:8:7: unknown kind `Rout`, did you mean `Route`? What was last read of this file stays in force
+        mesh.d/orders.yaml:8:7: unknown kind `Rout`, did you mean `Route`? The last good content of this file stays in force
         more.json:1:5: this `{` is closed by a `]`; the last good content of this file stays in force
     "#]].assert_eq(&show(&mut after, &broken));
     assert_eq!(after.last_good(), before.last_good());
