@@ -166,7 +166,7 @@ impl CredentialStore {
         let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_FILE as usize));
         let path = self.file();
         if let Err(error) = serde_json::to_writer_pretty(&mut *bytes, &saved) {
-            return Err(FileError::Failed { what: "encode", path, cause: error.into() });
+            return Err(FileError::Failed { action: "encode", path, cause: error.into() });
         }
         fsx::write_atomically(&path, &bytes, fsx::PRIVATE)?;
         self.give_to_owner_of_state();
