@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
+use netlink_packet_core::{Emitable, NLM_F_REQUEST, NetlinkBuffer, NetlinkHeader, NlasIterator};
 use rustix::net::netlink::{self, SocketAddrNetlink};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, recv, send, socket_with,
@@ -13,7 +14,10 @@ use rustix::net::{
 /// (`NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWGEN` of linux/netfilter).
 const NEW_GENERATION: u16 = (10 << 8) | 15;
 const GET_GENERATION: u16 = (10 << 8) | 16;
-const NLM_F_REQUEST: u16 = 1;
+/// The length of the header of nfnetlink (`nfgenmsg`), which precedes the attributes.
+const NFNETLINK_HEADER: usize = 4;
+/// The length of a netlink message: two headers and no attribute.
+const GET_GENERATION_LENGTH: u8 = 20;
 const NFTA_GEN_ID: u16 = 1;
 const NFTA_GEN_PROC_PID: u16 = 2;
 const NFTA_GEN_PROC_NAME: u16 = 3;
@@ -45,12 +49,13 @@ pub fn open_socket(groups: u32) -> io::Result<OwnedFd> {
 /// nftables.
 pub fn current() -> Option<u32> {
     let socket = open_socket(0).ok()?;
-    let mut question = Vec::with_capacity(20);
-    question.extend(20_u32.to_ne_bytes());
-    question.extend(GET_GENERATION.to_ne_bytes());
-    question.extend(NLM_F_REQUEST.to_ne_bytes());
-    // The sequence number, the port and `nfgenmsg` are all zero.
-    question.extend([0; 12]);
+    let mut header = NetlinkHeader::default();
+    header.length = GET_GENERATION_LENGTH.into();
+    header.message_type = GET_GENERATION;
+    header.flags = NLM_F_REQUEST;
+    // All fields of the nfnetlink header are zero.
+    let mut question = [0; GET_GENERATION_LENGTH as usize];
+    header.emit(&mut question);
     send(&socket, &question, SendFlags::empty()).ok()?;
     let mut answer = [0; 1024];
     // The kernel replies before `send` returns, so this does not block.
@@ -67,30 +72,22 @@ pub fn has_initial_pids() -> bool {
 /// Returns the last end of a transaction among these netlink messages (RFC 3549 section 2.2).
 pub fn last_generation(mut bytes: &[u8]) -> Option<Generation> {
     let mut found = None;
-    while let Some((message, kind, rest)) = message(bytes) {
-        if kind == NEW_GENERATION {
-            // The attributes follow the four bytes of the nfnetlink header.
-            found = Some(generation(message.get(4..).unwrap_or_default()));
+    while let Ok(message) = NetlinkBuffer::new_checked(bytes) {
+        if message.message_type() == NEW_GENERATION {
+            found = Some(generation(message.payload().get(NFNETLINK_HEADER..).unwrap_or_default()));
         }
-        bytes = rest;
+        let length = usize::try_from(message.length()).ok()?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
     found
 }
 
-/// Splits off the first message: returns its payload, its type, and the bytes after it.
-fn message(bytes: &[u8]) -> Option<(&[u8], u16, &[u8])> {
-    let len = usize::try_from(u32::from_ne_bytes(*bytes.first_chunk()?)).ok()?;
-    let kind = u16::from_ne_bytes(*bytes.get(4..)?.first_chunk()?);
-    let payload = bytes.get(16..len)?;
-    let rest = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
-    Some((payload, kind, rest))
-}
-
-fn generation(mut attributes: &[u8]) -> Generation {
+fn generation(attributes: &[u8]) -> Generation {
     let mut generation = Generation { number: None, by: String::new(), pid: 0 };
     let number = |value: &[u8]| value.first_chunk().map(|bytes| u32::from_be_bytes(*bytes));
-    while let Some((value, kind, rest)) = attribute(attributes) {
-        match kind {
+    for attribute in NlasIterator::new(attributes).map_while(Result::ok) {
+        let value = attribute.value();
+        match attribute.kind() {
             NFTA_GEN_ID => generation.number = number(value),
             NFTA_GEN_PROC_PID => generation.pid = number(value).unwrap_or_default(),
             NFTA_GEN_PROC_NAME => {
@@ -99,17 +96,8 @@ fn generation(mut attributes: &[u8]) -> Generation {
             }
             _ => {}
         }
-        attributes = rest;
     }
     generation
-}
-
-fn attribute(bytes: &[u8]) -> Option<(&[u8], u16, &[u8])> {
-    let len = usize::from(u16::from_ne_bytes(*bytes.first_chunk()?));
-    // The two high bits are flags.
-    let kind = u16::from_ne_bytes(*bytes.get(2..)?.first_chunk()?) & 0x3fff;
-    let value = bytes.get(4..len)?;
-    Some((value, kind, bytes.get(len.next_multiple_of(4)..).unwrap_or_default()))
 }
 
 #[cfg(test)]

@@ -2,22 +2,16 @@
 //! `/proc/net/tcp` would take time in proportion to the host's connections.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
+use netlink_packet_core::{NLM_F_REQUEST, NetlinkBuffer, NetlinkMessage, Parseable};
+use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags};
+use netlink_packet_sock_diag::{AF_INET, AF_INET6, IPPROTO_TCP, SOCK_DIAG_BY_FAMILY, SockDiagMessage};
 use rustix::net::netlink::{self, SocketAddrNetlink};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, sendto, socket_with};
 
-const AF_INET: u8 = 2;
-const AF_INET6: u8 = 10;
-const IPPROTO_TCP: u8 = 6;
-/// From linux/sock_diag.h and linux/netlink.h.
-const SOCK_DIAG_BY_FAMILY: u16 = 20;
-const NLM_F_REQUEST: u16 = 1;
-/// The length of `nlmsghdr` (RFC 3549 section 2.2).
-const HEADER: usize = 16;
-/// The offset of the uid in `inet_diag_msg` of linux/inet_diag.h: four bytes, the socket's identity (48),
-/// three numbers.
-const UID: usize = 4 + 48 + 12;
+/// The cookie that matches any socket (`INET_DIAG_NOCOOKIE` of linux/inet_diag.h).
+const NO_COOKIE: [u8; 8] = [0xff; 8];
 
 /// Returns the user whose socket accepts TCP connections to `address`. `None` if the port is closed, or if
 /// the kernel does not report a user.
@@ -36,33 +30,37 @@ fn ask(question: &[u8]) -> io::Result<Vec<u8>> {
     Ok(answer)
 }
 
-/// Builds a request: `nlmsghdr` and `inet_diag_req_v2`, for the listening socket at `address`.
+/// Builds a request for the listening socket at `address`.
 fn question(address: SocketAddr) -> Vec<u8> {
-    let (family, ip) = match address.ip() {
-        IpAddr::V4(ip) => (AF_INET, ip.octets().to_vec()),
-        IpAddr::V6(ip) => (AF_INET6, ip.octets().to_vec()),
+    let (family, id) = match address {
+        SocketAddr::V4(_) => (AF_INET, SocketId::new_v4()),
+        SocketAddr::V6(_) => (AF_INET6, SocketId::new_v6()),
     };
-    let mut body = vec![family, IPPROTO_TCP, 0, 0];
-    // All states.
-    body.extend(u32::MAX.to_ne_bytes());
-    body.extend(address.port().to_be_bytes());
-    body.extend([0; 2]);
-    body.extend(&ip);
-    body.resize(body.len() + (16 - ip.len()) + 16 + 4, 0);
-    // INET_DIAG_NOCOOKIE, twice.
-    body.extend([0xff; 8]);
-    let mut bytes = u32::try_from(HEADER + body.len()).unwrap_or_default().to_ne_bytes().to_vec();
-    bytes.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-    bytes.extend(NLM_F_REQUEST.to_ne_bytes());
-    bytes.extend([0; 8]);
-    bytes.extend(body);
+    let socket_id =
+        SocketId { source_address: address.ip(), source_port: address.port(), cookie: NO_COOKIE, ..id };
+    let request = InetRequest {
+        family,
+        protocol: IPPROTO_TCP,
+        extensions: ExtensionFlags::empty(),
+        states: StateFlags::all(),
+        socket_id,
+    };
+    let mut message = NetlinkMessage::from(SockDiagMessage::InetRequest(request));
+    message.header.flags = NLM_F_REQUEST;
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
     bytes
 }
 
+/// Returns the user in an answer. The attributes after the fixed part are not parsed, because a later kernel may
+/// add some.
 fn uid(answer: &[u8]) -> Option<u32> {
-    let kind = u16::from_ne_bytes(*answer.get(4..)?.first_chunk()?);
-    let uid = answer.get(HEADER + UID..)?.first_chunk()?;
-    (kind == SOCK_DIAG_BY_FAMILY).then(|| u32::from_ne_bytes(*uid))
+    let message = NetlinkBuffer::new_checked(answer).ok()?;
+    if message.message_type() != SOCK_DIAG_BY_FAMILY {
+        return None;
+    }
+    Some(InetResponseHeader::parse(message.payload()).ok()?.uid)
 }
 
 #[cfg(test)]
