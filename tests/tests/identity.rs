@@ -140,7 +140,7 @@ async fn a_node_joins_once_and_gets_the_certificates_that_its_token_grants() -> 
     let (status, answer) = client.post(RENEW_PATH, &ask(&["payments"])).await?;
     assert_eq!(status, 403);
     assert!(error(&answer).contains("may not run `payments`, only `orders`, `web`"), "{answer}");
-    // The certificate of a service is not that of a node.
+    // A service's certificate proves no node.
     let impostor =
         Client { identity: Some((chain, Key::generate().unwrap())), ..joined(&mesh, "web-2", &[]).await? };
     assert!(impostor.post(RENEW_PATH, &ask(&["orders"])).await.is_err());

@@ -386,6 +386,9 @@ pub struct Explanation {
     pub listeners: Vec<String>,
     pub routes: Vec<Hop>,
     pub clusters: Vec<Cluster>,
+    /// The way in which each endpoint of the service is called. Empty while no document uses mTLS.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tls: Vec<EndpointSecurity>,
     pub settings: Vec<Setting>,
     pub problems: Vec<ListedProblem>,
 }
@@ -401,6 +404,15 @@ pub struct Hop {
 pub struct Cluster {
     pub name: String,
     pub endpoints: Vec<ServiceEndpoint>,
+}
+
+/// The way in which an endpoint is called, and the reason.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndpointSecurity {
+    pub address: SocketAddr,
+    /// `mtls`, `plaintext`, or `left out`: the endpoint is not called.
+    pub connection: String,
+    pub reason: String,
 }
 
 /// An effective value, and its origin.

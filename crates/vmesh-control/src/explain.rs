@@ -6,7 +6,9 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use vmesh_api::{Cluster, Explanation, Hop, ListedProblem, NodeState, ServiceEndpoint, Setting};
+use vmesh_api::{
+    Cluster, EndpointSecurity, Explanation, Hop, ListedProblem, NodeState, ServiceEndpoint, Setting,
+};
 use vmesh_catalog::World;
 use vmesh_compile::effective::EffectiveSettings;
 use vmesh_compile::{CompiledClass, NodeClass, NodeConfig, Shape};
@@ -78,6 +80,7 @@ pub(crate) fn explain(
         .map(ListedProblem::from)
         .collect();
     let registered = world.services.get(service);
+    let tls = if world.documents.uses_mtls() { describe_tls(world, service, report) } else { Vec::new() };
     Ok(Explanation {
         service: service.clone(),
         from: report.name.clone(),
@@ -90,9 +93,20 @@ pub(crate) fn explain(
         listeners,
         routes,
         clusters,
+        tls,
         settings: describe_settings(world, service, &caller, &shape.effective),
         problems,
     })
+}
+
+fn describe_tls(world: &World, service: &ServiceName, report: &NodeReport) -> Vec<EndpointSecurity> {
+    let endpoints = vmesh_compile::tls(world, service, report).into_iter();
+    let shown = endpoints.map(|endpoint| EndpointSecurity {
+        address: endpoint.address,
+        connection: endpoint.connection.as_str().to_owned(),
+        reason: endpoint.reason,
+    });
+    shown.collect()
 }
 
 /// Returns the first reason why requests of the node to the service fail or may be outdated, or `None`.

@@ -22,7 +22,7 @@ pub struct NodeGrant {
     pub labels: Labels,
 }
 
-/// A grant in a certificate that is not one.
+/// An invalid grant in a certificate.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the certificate's grant is not valid: {0}")]
 pub struct BadGrant(String);

@@ -212,7 +212,7 @@ pub struct TokenLedger {
     tokens: BTreeMap<TokenId, TokenRecord>,
     guesses: BTreeMap<IpAddr, Guesses>,
     guesses_of_others: Guesses,
-    /// The records that were forgotten since the caller last took them.
+    /// The ids of forgotten records, until the caller takes them.
     forgotten: Vec<TokenId>,
 }
 

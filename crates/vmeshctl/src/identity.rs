@@ -89,7 +89,7 @@ pub(crate) struct CreateToken {
     /// The network that the node must join from: `10.0.0.0/8`.
     #[arg(long, value_name = "NETWORK")]
     from: Option<String>,
-    /// The time in which the token can be used.
+    /// The validity of the token.
     #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = parse_duration)]
     ttl: Duration,
 }

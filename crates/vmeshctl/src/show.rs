@@ -412,6 +412,19 @@ pub(crate) fn explanation(answer: &Explanation) -> (String, bool) {
             text.push_str(&format!("  {line}\n"));
         }
     }
+    if !answer.tls.is_empty() {
+        text.push_str("\nTLS\n");
+        let rows: Vec<_> = answer
+            .tls
+            .iter()
+            .map(|endpoint| {
+                [endpoint.address.to_string(), endpoint.connection.clone(), endpoint.reason.clone()]
+            })
+            .collect();
+        for line in table(&rows).lines() {
+            text.push_str(&format!("  {line}\n"));
+        }
+    }
     text.push_str("\nsettings\n");
     let rows: Vec<_> =
         answer.settings.iter().map(|s| [s.name.clone(), s.value.clone(), s.set_by.clone()]).collect();

@@ -130,7 +130,7 @@ pub(crate) fn generate(
     Ok((root, issuer))
 }
 
-/// The authority in use. It does not change: a change makes another one.
+/// The authority in use. A rotation replaces the whole value.
 #[derive(Debug)]
 pub(crate) struct Authority {
     saved: SavedAuthority,
@@ -184,7 +184,7 @@ impl Authority {
         self.next_root.clone()
     }
 
-    /// Makes a new intermediate under the current root. The root is trusted already, so it is in use at once.
+    /// Makes a new intermediate under the current root. Nodes trust the root already, so the caller can use the intermediate at once.
     pub(crate) fn new_intermediate(
         &self,
         replica: &NodeName,

@@ -37,7 +37,7 @@ pub(crate) struct NodeRequests(pub(crate) Arc<IdentityService>);
 enum RefusedRequest {
     /// There is no authority, or it cannot work now. The node tries again.
     NotReady(String),
-    /// The node may not have what it asks for.
+    /// Policy refuses the node's request.
     Denied {
         /// The text for the node. It helps no attacker.
         public: String,

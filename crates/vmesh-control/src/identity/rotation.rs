@@ -49,7 +49,7 @@ impl IdentityService {
         Ok(self.rotation_status(nodes))
     }
 
-    /// Makes the new root, or takes over the intermediate that it signed.
+    /// Makes the new root, or takes over an intermediate of a new root.
     async fn prepare(
         self: &Arc<Self>,
         authority: &Arc<Authority>,
@@ -73,7 +73,7 @@ impl IdentityService {
         .await
     }
 
-    /// Makes a new intermediate under the current root, or takes over one that was made elsewhere.
+    /// Makes a new intermediate under the current root, or takes over the operator's.
     async fn new_intermediate(
         self: &Arc<Self>,
         authority: &Arc<Authority>,

@@ -138,7 +138,7 @@ impl IdentityStore {
         Ok(AuthoritySet { number, root, issuer })
     }
 
-    /// Writes a root and an intermediate into a directory of their own. They are not in use before [`IdentityStore::save_authority`].
+    /// Writes a root and an intermediate into a directory of their own. [`IdentityStore::save_authority`] puts them into use.
     pub(crate) fn save_set(&self, root: Option<Root>, issuer: Issuer) -> Result<AuthoritySet, StoreError> {
         let number = self.set_numbers()?.last().map_or(1, |last| last + 1);
         let dir = self.set_dir(number);

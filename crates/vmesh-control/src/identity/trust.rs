@@ -21,7 +21,7 @@ const REQUESTS_PER_SECOND: u64 = 50;
 /// The most roots that a node may report.
 const MAX_ROOTS: usize = 8;
 
-/// A node that is connected, or was.
+/// A node that has joined, connected or offline.
 #[derive(Debug, Clone)]
 pub(crate) struct KnownNode {
     pub(crate) name: NodeName,
