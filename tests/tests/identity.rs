@@ -184,6 +184,7 @@ async fn a_token_is_refused_when_it_is_used_again_guessed_or_not_for_the_node_an
 
     let status: Value = mesh.get("/api/v1/identity").await?;
     assert_eq!((&status["counts"]["joined"], &status["counts"]["join_refused"]), (&1.into(), &7.into()));
+    assert_eq!(mesh.metric("vmesh_identity_join_refusals_total").await?, 7.0);
     let audit = wait_for("the audit log", BOUND, async || {
         let audit =
             std::fs::read_to_string(mesh.path("state/control/audit.jsonl")).map_err(|e| e.to_string())?;

@@ -11,6 +11,7 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
+use vmesh_api::identity::IdentityStatus;
 use vmesh_api::{Discovery, DiscoverySource, SourceCounters, SourceState};
 use vmesh_xds::server::Counters;
 
@@ -51,6 +52,7 @@ impl Collector for MetricsCollector {
         let Some(control) = self.control.upgrade() else { return Ok(()) };
         encode_state(&mut encoder, &control)?;
         encode_nodes(&mut encoder, &control)?;
+        encode_identities(&mut encoder, &control.identities.status())?;
         encode_discovery(&mut encoder, &control.actions.show())?;
         let histogram = &control.propagation().0;
         let help = "From the publication of a change to its acknowledgement by a node";
@@ -117,6 +119,49 @@ fn encode_state(encoder: &mut DescriptorEncoder<'_>, control: &Control) -> fmt::
     encode_counter(encoder, "vmesh_state_write_failures", help, control.write_status().failures)?;
     let help = "Unix time when the compiler last began with a change";
     encode_gauge(encoder, "vmesh_last_change_timestamp_seconds", help, control.changed_at().as_secs_f64())
+}
+
+/// Encodes security events, and the validity of the authority's certificates.
+fn encode_identities(encoder: &mut DescriptorEncoder<'_>, status: &IdentityStatus) -> fmt::Result {
+    let counts = &status.counts;
+    for (name, help, count) in [
+        ("vmesh_identity_joins", "Nodes that joined", counts.joined),
+        ("vmesh_identity_join_refusals", "Joins that were refused", counts.join_refused),
+        ("vmesh_identity_renewals", "Requests for certificates that were granted", counts.renewed),
+        (
+            "vmesh_identity_renewal_refusals",
+            "Requests for certificates that were refused",
+            counts.renew_refused,
+        ),
+        (
+            "vmesh_identity_handshake_failures",
+            "TLS handshakes at listen.xds that failed",
+            counts.handshakes_failed,
+        ),
+        (
+            "vmesh_identity_admission_denials",
+            "xDS clients without the right identity",
+            counts.admissions_denied,
+        ),
+    ] {
+        encode_counter(encoder, name, help, count)?;
+    }
+    let Some(authority) = &status.authority else { return Ok(()) };
+    for (name, help, expires) in [
+        (
+            "vmesh_identity_root_expires_timestamp_seconds",
+            "Unix time when the root expires",
+            authority.root_expires,
+        ),
+        (
+            "vmesh_identity_intermediate_expires_timestamp_seconds",
+            "Unix time when the intermediate of this control plane expires",
+            authority.intermediate_expires,
+        ),
+    ] {
+        encode_gauge(encoder, name, help, expires as f64)?;
+    }
+    Ok(())
 }
 
 /// Encodes the number of nodes in each state.

@@ -234,7 +234,7 @@ async fn issue_node(
     grant: NodeGrant,
 ) -> Result<String, RefusedRequest> {
     let id = authority.bundle().trust_domain().id(Identity::Node(node.clone()));
-    let subject = Subject { id, node: None, grant: Some(grant) };
+    let subject = Subject { id, node: Some(node.clone()), grant: Some(grant) };
     let (signer, request) = (authority.clone(), request.to_owned());
     let chain = blocking(move || signer.issue(&request, &subject, SystemTime::now())).await;
     Ok(chain.map_err(unsigned)?.to_pem())
