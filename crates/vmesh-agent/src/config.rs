@@ -389,7 +389,8 @@ impl DnsFields {
 }
 
 impl ConfigFile {
-    fn complete(self, host_name: &str, problems: &mut ProblemList) -> Option<Config> {
+    /// Checks the control planes. Returns whether this node has an identity.
+    fn check_control_planes(&self, problems: &mut ProblemList) -> bool {
         if self.control_plane.is_empty() {
             problems.add(
                 "control_plane",
@@ -409,6 +410,11 @@ impl ConfigFile {
                 "`join` needs control planes with mTLS: write `control_plane` without http://, as \"mesh1.example:15012\"",
             );
         }
+        has_identity
+    }
+
+    fn complete(self, host_name: &str, problems: &mut ProblemList) -> Option<Config> {
+        let has_identity = self.check_control_planes(problems);
         let name = match self.node.name.clone() {
             Some(name) => Some(name),
             None => match host_name.parse() {

@@ -103,21 +103,7 @@ pub enum StartError {
 impl Agent {
     pub async fn start(config: Config) -> Result<Agent, StartError> {
         let config = Arc::new(config);
-        for dir in [&config.run_dir, &config.state_dir] {
-            fsx::make_private_dir(dir).map_err(StartError::Directory)?;
-        }
-        let path = config.run_dir.join("agent.lock");
-        let lock = lock(&path).map_err(|cause| StartError::Lock { path, cause })?;
-        let lock = lock.ok_or_else(|| StartError::InUse(config.run_dir.clone()))?;
-        let path = config.state_dir.join("lock");
-        let state_lock = fsx::lock(&path)
-            .map_err(|cause| StartError::State { state_dir: config.state_dir.clone(), cause })?;
-        // Sweep only after locking: from here on, temporary files in these directories belong to this process.
-        for dir in [&config.run_dir, &config.state_dir] {
-            if let Err(error) = fsx::sweep(dir) {
-                tracing::warn!("{}", vmesh_daemon::report::one_line(&error));
-            }
-        }
+        let (lock, state_lock) = lock_directories(&config)?;
         // Must run before anything else opens a file: it takes over descriptors by number.
         let inherited = systemd::inherited_sockets();
         let path = config.api_socket();
@@ -200,6 +186,26 @@ impl Agent {
     pub fn stops_within(config: &Config) -> Duration {
         config.envoy.drain.0 + Duration::from_secs(15)
     }
+}
+
+/// Makes the directories of the agent, locks them, and removes leftovers of crashed writers.
+fn lock_directories(config: &Config) -> Result<(File, File), StartError> {
+    let directories = [&config.run_dir, &config.state_dir];
+    for dir in directories {
+        fsx::make_private_dir(dir).map_err(StartError::Directory)?;
+    }
+    let path = config.run_dir.join("agent.lock");
+    let run_lock = lock(&path).map_err(|cause| StartError::Lock { path, cause })?;
+    let run_lock = run_lock.ok_or_else(|| StartError::InUse(config.run_dir.clone()))?;
+    let state_lock = fsx::lock(&config.state_dir.join("lock"))
+        .map_err(|cause| StartError::State { state_dir: config.state_dir.clone(), cause })?;
+    // Sweep only after locking: from here on, temporary files in these directories belong to this process.
+    for dir in directories {
+        if let Err(error) = fsx::sweep(dir) {
+            tracing::warn!("{}", vmesh_daemon::report::one_line(&error));
+        }
+    }
+    Ok((run_lock, state_lock))
 }
 
 /// Locks the file at `path` until the returned handle is dropped. Returns `None` if another process holds the lock. Only this user can open

@@ -150,15 +150,7 @@ pub fn spawn(
     tasks.spawn_draining("cache", |_| save(path, name, saves, saved));
 
     if config.control_planes.len() > 1 {
-        for replica in &config.control_planes {
-            let report = reports::report(
-                replica.clone(),
-                to_report.clone(),
-                secrets.credentials().clone(),
-                published.control_plane.clone(),
-            );
-            tasks.spawn(format!("report to {replica}"), report);
-        }
+        spawn_reports(tasks, config, &to_report, &secrets, &published);
     }
     let mut replicas = config.control_planes.clone();
     shuffle(&mut replicas);
@@ -190,6 +182,25 @@ pub fn spawn(
         driver.run(replicas)
     });
     Ok(())
+}
+
+/// Starts a task for each replica, which reports this node to it.
+fn spawn_reports(
+    tasks: &mut Tasks,
+    config: &Config,
+    to_report: &watch::Receiver<Node>,
+    secrets: &SecretServer,
+    published: &RelayOutputs,
+) {
+    for replica in &config.control_planes {
+        let report = reports::report(
+            replica.clone(),
+            to_report.clone(),
+            secrets.credentials().clone(),
+            published.control_plane.clone(),
+        );
+        tasks.spawn(format!("report to {replica}"), report);
+    }
 }
 
 fn restore(config: &Config, ipv6: bool, node: Node, status: &watch::Sender<AcceptedStatus>) -> Relay {

@@ -13,7 +13,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tower::ServiceExt;
 use vmesh_catalog::Catalog;
-use vmesh_daemon::connections::Gate;
+use vmesh_daemon::connections::{self, Gate};
 use vmesh_daemon::tasks::{ThreadError, on_own_thread};
 use vmesh_daemon::{Stop, Tasks, descriptors, http, listen, logs, report, signals, sockets, systemd};
 use vmesh_discovery::{Command, SourceConfig, View};
@@ -210,17 +210,8 @@ async fn run(config: Config) -> Result<(), RunError> {
     tasks.spawn("reload", reread_on_hangup(hangups, sources.clone()));
     let overrides = Overrides::new(saved, disk.clone());
     let actions = OperatorActions::new(sources.clone(), overrides.clone(), &config.api_socket());
-    let names: Vec<ServiceName> = load_part(&disk, persist::NAMES).unwrap_or_default();
-    let mut catalog = Catalog::new(config.discovery.len())
-        .with_names(names)
-        .with_trust_domain(config.trust_domain.as_str());
-    let nodes = disk.load_nodes();
     let limits = config.limits.xds(config.listen.xds_plaintext, files);
-    let known_nodes =
-        KnownNodes::new(config.limits.nodes(limits), nodes.iter().map(|(report, since)| (report, *since)));
-    for (report, _) in nodes {
-        catalog.on_node(report);
-    }
+    let (catalog, known_nodes) = load_catalog(&config, &disk, limits);
     let saved = load_part(&disk, "documents").unwrap_or_default();
     let (documents_in, documents) = watch::channel(DocumentsView::default());
     let follower = documents::DocumentsFollower::new(config.documents.clone(), saved);
@@ -266,16 +257,12 @@ async fn run(config: Config) -> Result<(), RunError> {
     tasks.spawn("forget nodes", fleet.clone().forget_offline());
 
     tasks.spawn("bans", fleet.end_banned(identities.bans()));
-    let bounded = ConnectionLimits { gate: Gate::new(limits), max_age: Some(config.limits.connection_age.0) };
+    let max_age = Some(config.limits.connection_age.0);
     if let (Some(listener), Some(address)) = (mtls_xds, config.listen.xds) {
-        let service = service.with_other_requests(Arc::new(NodeRequests(identities.clone())));
-        let (handshake, gate) =
-            (TlsHandshake(identities.clone()), Gate::new(config.limits.xds(address, files)));
-        let bounded = ConnectionLimits { gate, ..bounded.clone() };
-        tasks.spawn_draining("mtls xds", |stop| {
-            vmesh_xds::server::serve_after_handshake(listener, handshake, service, bounded, stopped(stop))
-        });
+        let gate = Gate::new(config.limits.xds(address, files));
+        spawn_mtls(&mut tasks, listener, &service, &identities, ConnectionLimits { gate, max_age });
     }
+    let bounded = ConnectionLimits { gate: Gate::new(limits), max_age };
     tasks.spawn_draining("xds", |stop| {
         vmesh_xds::server::serve_connections(xds, service, bounded, stopped(stop))
     });
@@ -285,6 +272,36 @@ async fn run(config: Config) -> Result<(), RunError> {
     tracing::info!(xds = %config.listen.xds_plaintext, api = %config.listen.api, "vmesh-control has started");
 
     run_until_stopped(tasks, signal).await
+}
+
+/// Returns the catalog with the names and nodes that were known before a restart.
+fn load_catalog(config: &Config, disk: &Disk, limits: connections::Limits) -> (Catalog, KnownNodes) {
+    let names: Vec<ServiceName> = load_part(disk, persist::NAMES).unwrap_or_default();
+    let mut catalog = Catalog::new(config.discovery.len())
+        .with_names(names)
+        .with_trust_domain(config.trust_domain.as_str());
+    let nodes = disk.load_nodes();
+    let known =
+        KnownNodes::new(config.limits.nodes(limits), nodes.iter().map(|(report, since)| (report, *since)));
+    for (report, _) in nodes {
+        catalog.on_node(report);
+    }
+    (catalog, known)
+}
+
+/// Serves xDS, joins and renewals with TLS.
+fn spawn_mtls(
+    tasks: &mut Tasks,
+    listener: TcpListener,
+    service: &AdsService,
+    identities: &Arc<IdentityService>,
+    limits: ConnectionLimits,
+) {
+    let service = service.with_other_requests(Arc::new(NodeRequests(identities.clone())));
+    let handshake = TlsHandshake(identities.clone());
+    tasks.spawn_draining("mtls xds", |stop| {
+        vmesh_xds::server::serve_after_handshake(listener, handshake, service, limits, stopped(stop))
+    });
 }
 
 /// Opens the identities of this replica.
