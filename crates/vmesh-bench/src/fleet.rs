@@ -13,11 +13,12 @@
 mod baseline;
 
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
 use vmesh_bench::common::{BOUND, Size, Times, duration_between, mib, run_main};
-use vmesh_bench::fleet_client::{DeclaredNode, Fleet};
+use vmesh_bench::fleet_client::{DeclaredNode, Fleet, Target};
 use vmesh_bench::mesh::{Mesh, Shape, raise_open_files_limit};
 use vmesh_bench::usage::cpu_of;
 use vmesh_testkit::{Failed, Result};
@@ -36,6 +37,9 @@ struct FleetOptions {
     /// Fail if the fan-out's p99 is more than this many times the baseline's.
     #[arg(long)]
     at_most: Option<f64>,
+    /// Also measure the same fleet with mTLS.
+    #[arg(long)]
+    tls: bool,
     #[arg(long, hide = true)]
     serve_baseline: bool,
 }
@@ -58,7 +62,8 @@ async fn run(options: &FleetOptions) -> Result<()> {
     raise_open_files_limit(options.nodes)?;
     let (nodes, Size { services, endpoints, changes }) = (&options.nodes, options.size);
     println!("{nodes} nodes x {services} services x {endpoints} endpoints, {changes} changes");
-    let control = measure_control_plane(options).await?;
+    let control = measure_control_plane(options, false).await?;
+    let by_tls = if options.tls { Some(measure_control_plane(options, true).await?) } else { None };
     let base = measure_baseline(options).await?;
 
     println!("\nconnect to synced       {:>9.2} s    all {nodes} nodes", control.connect.as_secs_f64());
@@ -96,6 +101,9 @@ async fn run(options: &FleetOptions) -> Result<()> {
     println!("file written to last ACK  {}", control.end_to_end.row());
     println!("change to last ACK        {}", control.fan_out.row());
     println!("baseline, write only      {}", base.fan_out.row());
+    if let Some(by_tls) = &by_tls {
+        show_tls(&control, by_tls, *nodes);
+    }
     let ratio = control.fan_out.p(0.99).as_secs_f64() / base.fan_out.p(0.99).as_secs_f64().max(1e-9);
     let median = control.fan_out.p(0.5).as_secs_f64() / base.fan_out.p(0.5).as_secs_f64().max(1e-9);
     println!("ratio to the baseline     {median:>9.2}    {ratio:>9.2}");
@@ -104,6 +112,30 @@ async fn run(options: &FleetOptions) -> Result<()> {
             Err(Failed::new(format!("the p99 is {ratio:.2} times the baseline's, more than {most}")))
         }
         _ => Ok(()),
+    }
+}
+
+/// Prints the costs with mTLS beside those of plaintext.
+fn show_tls(plain: &ControlPlaneCost, tls: &ControlPlaneCost, nodes: usize) {
+    let per_stream = |cost: &ControlPlaneCost| {
+        cost.resident.saturating_sub(cost.resident_idle) as f64 / nodes as f64 / 1024.0
+    };
+    println!("\nwith mTLS                    plaintext       mTLS");
+    for (name, plain, tls, unit) in [
+        ("connect to synced", plain.connect.as_secs_f64(), tls.connect.as_secs_f64(), "s"),
+        ("resume to synced", plain.resume.took.as_secs_f64(), tls.resume.took.as_secs_f64(), "s"),
+        ("CPU per connect", us(plain.cpu_per_connect), us(tls.cpu_per_connect), "us"),
+        ("CPU per resume", us(plain.resume.cpu_per_node), us(tls.resume.cpu_per_node), "us"),
+        ("CPU per push", us(plain.cpu_per_push), us(tls.cpu_per_push), "us"),
+        ("resident per stream", per_stream(plain), per_stream(tls), "KiB"),
+        (
+            "change to last ACK, p99",
+            plain.fan_out.p(0.99).as_secs_f64() * 1e3,
+            tls.fan_out.p(0.99).as_secs_f64() * 1e3,
+            "ms",
+        ),
+    ] {
+        println!("{name:<28} {plain:>9.2}  {tls:>9.2}  {unit}");
     }
 }
 
@@ -125,12 +157,19 @@ struct ControlPlaneCost {
     fan_out: Times,
 }
 
-async fn measure_control_plane(options: &FleetOptions) -> Result<ControlPlaneCost> {
+async fn measure_control_plane(options: &FleetOptions, tls: bool) -> Result<ControlPlaneCost> {
     let mesh = Mesh::start(&options.shape(), "").await?;
+    let target = match tls {
+        true => Target {
+            address: mesh.mtls_xds,
+            identities: Some(Arc::new(mesh.identities(options.nodes).await?)),
+        },
+        false => Target::from(mesh.xds),
+    };
     let resident_idle = mesh.control.resident_bytes()?;
     let cpu_before = cpu_of(mesh.control.pid())?;
     let started = Instant::now();
-    let mut fleet = Fleet::connect(mesh.xds, options.nodes, |node| DeclaredNode {
+    let mut fleet = Fleet::connect(target, options.nodes, |node| DeclaredNode {
         upstreams: mesh.upstreams(node),
         zone: None,
     })

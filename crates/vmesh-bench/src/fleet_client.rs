@@ -13,7 +13,9 @@ use vmesh_proto::envoy::config::core::v3::{Locality, Node};
 use vmesh_proto::google::protobuf::{ListValue, Struct, Value, value};
 use vmesh_testkit::{Failed, Result};
 use vmesh_xds::Kind;
-use vmesh_xds::client::{BenchClient, Versions};
+use vmesh_xds::client::{AdsStream, BenchClient, Versions};
+
+use crate::identities::FleetIdentities;
 
 /// The limit of concurrent handshakes. More would only wait in the listener's queue.
 const CONNECTING: usize = 64;
@@ -46,16 +48,18 @@ struct FleetShared {
 impl Fleet {
     /// Connects `nodes` clients. Client number `n` declares what `declared(n)` returns.
     pub async fn connect(
-        to: SocketAddr,
+        to: impl Into<Target>,
         nodes: usize,
         declared: impl Fn(usize) -> DeclaredNode,
     ) -> Result<Fleet> {
+        let to = to.into();
         let shared = Arc::new(FleetShared::default());
         let connecting = Arc::new(Semaphore::new(CONNECTING));
         let mut clients = JoinSet::new();
         for number in 0..nodes {
             let node = node(number, &declared(number));
-            clients.spawn(client(to, node, nodes, shared.clone(), connecting.clone()));
+            let own = Own { to: to.clone(), number, node };
+            clients.spawn(client(own, nodes, shared.clone(), connecting.clone()));
         }
         Ok(Fleet { clients, nodes, shared })
     }
@@ -137,11 +141,45 @@ impl Fleet {
     }
 }
 
+/// The server that the clients connect to.
+#[derive(Clone)]
+pub struct Target {
+    pub address: SocketAddr,
+    /// The certificates of the nodes. `None`: they connect in plaintext.
+    pub identities: Option<Arc<FleetIdentities>>,
+}
+
+impl From<SocketAddr> for Target {
+    fn from(address: SocketAddr) -> Target {
+        Target { address, identities: None }
+    }
+}
+
+impl Target {
+    async fn connect(&self, number: usize) -> std::io::Result<AdsStream> {
+        match &self.identities {
+            Some(identities) => identities.connect(number, self.address).await,
+            None => AdsStream::connect(&format!("http://{}", self.address)).await,
+        }
+    }
+}
+
+/// The parts of a client that belong to its node.
+struct Own {
+    to: Target,
+    number: usize,
+    node: Node,
+}
+
+/// Returns the name of node number `number`.
+pub fn node_name(number: usize) -> String {
+    format!("node-{number:05}")
+}
+
 /// Runs one client until its stream ends unexpectedly. Returns the reason. The client keeps its versions
 /// between two streams.
 async fn client(
-    to: SocketAddr,
-    node: Node,
+    Own { to, number, node }: Own,
     nodes: usize,
     shared: Arc<FleetShared>,
     connecting: Arc<Semaphore>,
@@ -150,11 +188,12 @@ async fn client(
     let mut has = Versions::new();
     loop {
         let permit = connecting.acquire().await;
-        let connected = BenchClient::resume(&format!("http://{to}"), node.clone(), has).await;
+        let stream = to.connect(number).await;
+        let connected = stream.map(|stream| BenchClient::over(stream, node.clone(), has));
         drop(permit);
         let mut client = match connected {
             Ok(client) => client,
-            Err(error) => return format!("could not connect to {to}: {error}"),
+            Err(error) => return format!("could not connect to {}: {error}", to.address),
         };
         loop {
             let response = tokio::select! {
@@ -198,7 +237,7 @@ fn node(number: usize, declared: &DeclaredNode) -> Node {
         metadata.insert("vmesh".to_owned(), Value { kind: Some(value::Kind::StructValue(vmesh)) });
     }
     Node {
-        id: format!("node-{number:05}"),
+        id: node_name(number),
         locality: declared.zone.map(|zone| Locality { zone: zone.to_owned(), ..Locality::default() }),
         user_agent_name: "bench".to_owned(),
         metadata: Some(Struct { fields: metadata }),

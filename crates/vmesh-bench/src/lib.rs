@@ -3,5 +3,6 @@
 
 pub mod common;
 pub mod fleet_client;
+pub mod identities;
 pub mod mesh;
 pub mod usage;

@@ -6,13 +6,14 @@ use std::ops::Range;
 use std::path::Path;
 use std::process::Command;
 
-use vmesh_daemon::fetch::Peer;
+use vmesh_daemon::fetch::{Peer, post};
 use vmesh_testkit::api::Api;
 use vmesh_testkit::place::{Loopback, TempDir, tempdir};
 use vmesh_testkit::process::{Daemon, binary};
 use vmesh_testkit::{Failed, Result, wait_for};
 
 use crate::common::BOUND;
+use crate::identities::FleetIdentities;
 
 /// The locality zones, to which endpoints are assigned in turn.
 pub const ZONES: [&str; 3] = ["eu-1a", "eu-1b", "eu-1c"];
@@ -48,6 +49,7 @@ pub struct Mesh {
     _home: Loopback,
     pub control: Daemon,
     pub xds: SocketAddr,
+    pub mtls_xds: SocketAddr,
     pub api: Api,
     shape: Shape,
 }
@@ -63,11 +65,12 @@ impl Mesh {
         }
         let home = Loopback::unique()?;
         let (xds, api) = (SocketAddr::new(home.ip(), 15010), Api(SocketAddr::new(home.ip(), 15014)));
+        let mtls_xds = SocketAddr::new(home.ip(), 15012);
         for file in 0..shape.files() {
             write(&dir.join(path_of(file)), &file_text(file, shape, 1))?;
         }
         let config = format!(
-            "discovery: [{{file: {{path: services.d}}}}]\ndocuments: {{dir: mesh.d}}\nlisten: {{xds_plaintext: \"{xds}\", api: \"{}\"}}\nstate_dir: state\n\
+            "discovery: [{{file: {{path: services.d}}}}]\ndocuments: {{dir: mesh.d}}\nlisten: {{xds: \"{mtls_xds}\", xds_plaintext: \"{xds}\", api: \"{}\"}}\nstate_dir: state\n\
              log: warn\n",
             api.0
         );
@@ -76,7 +79,18 @@ impl Mesh {
         command.args(["--config", "control.yaml"]).current_dir(&*dir);
         let mut control = Daemon::spawn("vmesh-control", command)?;
         control.wait_http(&Peer::Tcp(api.0), "/readyz", BOUND).await?;
-        Ok(Mesh { dir, _home: home, control, xds, api, shape: shape.clone() })
+        Ok(Mesh { dir, _home: home, control, xds, mtls_xds, api, shape: shape.clone() })
+    }
+
+    /// Makes the certificate authority, and returns certificates of `nodes` nodes.
+    pub async fn identities(&self, nodes: usize) -> Result<FleetIdentities> {
+        let socket = Peer::Unix(self.dir.join("state/api.sock"));
+        let answer = post(&socket, "/api/v1/identity/init", "{}".into(), BOUND).await;
+        let (status, body) = answer.map_err(Failed::to("could not make the authority"))?;
+        match status.is_success() {
+            true => FleetIdentities::issue(&self.dir.join("state"), nodes),
+            false => Err(Failed::new(format!("no authority: {}", String::from_utf8_lossy(&body)))),
+        }
     }
 
     /// Changes the weight of the first endpoint in file number `file`.

@@ -226,8 +226,12 @@ impl BenchClient {
     /// Connects as a client that still has the resources in `has` from an earlier stream, and lists them in its
     /// first requests.
     pub async fn resume(uri: &str, node: Node, has: Versions) -> io::Result<BenchClient> {
-        let stream = AdsStream::connect(uri).await?;
-        Ok(BenchClient { stream, node: Some(node), has, subscribed: BTreeSet::new() })
+        Ok(BenchClient::over(AdsStream::connect(uri).await?, node, has))
+    }
+
+    /// Makes a client of a stream that is open already.
+    pub fn over(stream: AdsStream, node: Node, has: Versions) -> BenchClient {
+        BenchClient { stream, node: Some(node), has, subscribed: BTreeSet::new() }
     }
 
     /// Closes the stream and returns the versions that the client had.
