@@ -315,7 +315,7 @@ mod tests {
             ["http://a:8500", "https://b:8501"]
         );
         assert_eq!(config.max_connections.get(), 8);
-        assert!(read(r#"{"address": []}"#).unwrap_err().contains("no addresses"));
+        assert!(read(r#"{"address": []}"#).unwrap_err().contains("the list is empty"));
         assert!(read(r#"{"max_connections": 1}"#).unwrap_err().contains("4 at least"));
         assert!(read(r#"{"token": "x"}"#).unwrap_err().contains("unknown field"));
     }

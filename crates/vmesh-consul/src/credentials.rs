@@ -318,7 +318,7 @@ mod tests {
         std::fs::write(&path, "two words").unwrap();
         assert_eq!(shown(&credentials).await, "2 Ok(\"two\") Sensitive");
         let warning = credentials.warnings().concat();
-        assert!(warning.contains("one word is expected") && !warning.contains("two words"), "{warning}");
+        assert!(warning.contains("one word in ASCII") && !warning.contains("two words"), "{warning}");
     }
 
     #[tokio::test]

@@ -252,7 +252,7 @@ async fn a_program_has_the_environment_that_is_written_down_and_never_the_way_to
     for name in run::NEVER_PASSED {
         let yaml = format!("{{command: [/bin/true], pass_env: [{name}]}}");
         let refused = vmesh_model::load::strict::<PluginConfig>("control.yaml", &yaml).unwrap_err();
-        assert!(refused[0].message.contains("speaks with systemd"), "{}", refused[0]);
+        assert!(refused[0].message.contains("protocol with systemd"), "{}", refused[0]);
     }
     let dir = place();
     let mut config = plugin(

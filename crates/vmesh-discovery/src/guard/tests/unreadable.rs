@@ -21,7 +21,7 @@ fn what_was_left_because_it_could_not_be_read_is_never_confirmed() {
     let believed = sim.judge(at(3600));
     assert_eq!(ports(&believed.services["orders"]), ["1", "2", "3"]);
     let why = sim.guard.held_changes().first().unwrap().because.clone();
-    assert!(why.ends_with("has failed: `vm-1` cannot be resolved"), "{why}");
+    assert!(why.ends_with("read failed: `vm-1` cannot be resolved"), "{why}");
     // The service is readable and has no endpoints.
     sim.observe(reported(ServiceView::fresh(nothing)), at(3610));
     sim.judge(at(3610));
