@@ -1,12 +1,13 @@
 //! The audit log: one JSON line for each change that somebody asked for, and for each refusal. The lines go to the log of the process
 //! and to `audit.jsonl` in the state directory.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use serde::Serialize;
@@ -88,6 +89,42 @@ impl AuditEvent {
 pub(crate) struct AuditLog {
     events: mpsc::Sender<AuditEvent>,
     lost: Arc<AtomicU64>,
+    refusals: Arc<Mutex<RefusalLimiter>>,
+}
+
+/// The most refusals of one origin that are written in a minute. A client that is refused all the time must not push the rest of the log
+/// out of its file.
+const REFUSALS_MAX: u32 = 60;
+/// The most origins whose refusals are counted one by one; all others share one count.
+const ORIGINS_MAX: usize = 1024;
+const MINUTE: u64 = 60;
+
+/// Counts the refusals of each origin in the current minute.
+#[derive(Debug, Default)]
+struct RefusalLimiter {
+    /// Unix seconds.
+    minute_began: u64,
+    by_origin: BTreeMap<String, u32>,
+    others: u32,
+    left_out: u64,
+}
+
+impl RefusalLimiter {
+    /// Reports whether a refusal is written. The second value is the number of refusals that were left out in the minute that has ended.
+    fn admit(&mut self, event: &AuditEvent) -> (bool, u64) {
+        let mut left_out = 0;
+        if event.time.saturating_sub(self.minute_began) >= MINUTE {
+            left_out = self.left_out;
+            *self = RefusalLimiter { minute_began: event.time, ..RefusalLimiter::default() };
+        }
+        let origin = event.from.map_or_else(|| event.who.clone(), |from| from.to_string());
+        let is_known = self.by_origin.contains_key(&origin) || self.by_origin.len() < ORIGINS_MAX;
+        let count = if is_known { self.by_origin.entry(origin).or_default() } else { &mut self.others };
+        *count = count.saturating_add(1);
+        let is_written = *count <= REFUSALS_MAX;
+        self.left_out += u64::from(!is_written);
+        (is_written, left_out)
+    }
 }
 
 impl AuditLog {
@@ -96,14 +133,27 @@ impl AuditLog {
         let (events, waiting) = mpsc::channel(QUEUE);
         let lost = Arc::<AtomicU64>::default();
         let path = state_dir.join("audit.jsonl");
-        (AuditLog { events, lost: lost.clone() }, AuditWriter { waiting, lost, path })
+        let refusals = Arc::default();
+        (AuditLog { events, lost: lost.clone(), refusals }, AuditWriter { waiting, lost, path })
     }
 
-    /// Records an event. It never waits.
-    pub(crate) fn record(&self, event: AuditEvent) {
+    /// Records an event. It never waits. Of one origin's refusals, the first [`REFUSALS_MAX`] of a minute are written. Returns whether
+    /// this one is.
+    pub(crate) fn record(&self, event: AuditEvent) -> bool {
+        if event.outcome == Outcome::Denied {
+            let (is_written, left_out) =
+                self.refusals.lock().unwrap_or_else(PoisonError::into_inner).admit(&event);
+            if left_out > 0 {
+                tracing::warn!("{left_out} refusals of the last minute are not in the audit log, because they were too many");
+            }
+            if !is_written {
+                return false;
+            }
+        }
         if self.events.try_send(event).is_err() {
             self.lost.fetch_add(1, Relaxed);
         }
+        true
     }
 }
 
@@ -182,6 +232,23 @@ fn open(path: &Path) -> std::io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn refusals_of_one_origin_leave_room_for_those_of_others() {
+        let mut limiter = RefusalLimiter::default();
+        let refusal = |from: &str, time| AuditEvent {
+            time,
+            ..AuditEvent::of_node(&"web-1".parse().unwrap(), from.parse().ok(), "node.join", Outcome::Denied, "")
+        };
+        let written = (0..1000).filter(|_| limiter.admit(&refusal("10.0.0.1", 100)).0).count();
+        assert_eq!(written, 60);
+        assert_eq!(limiter.admit(&refusal("10.0.0.2", 101)), (true, 0));
+        assert_eq!(limiter.admit(&refusal("10.0.0.1", 160)), (true, 940));
+        for host in 0..5000u32 {
+            limiter.admit(&refusal(&format!("10.{}.{}.1", host >> 8, host & 255), 161));
+        }
+        assert!(limiter.by_origin.len() <= ORIGINS_MAX);
+    }
 
     #[test]
     fn an_event_is_one_line_whatever_is_in_it_and_the_file_is_private_and_bounded() {

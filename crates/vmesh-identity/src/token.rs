@@ -312,6 +312,13 @@ impl TokenLedger {
         Ok(record.grant.clone())
     }
 
+    /// Counts a text that is no token as a guess of `address`. Refuses an address that has guessed too often.
+    pub fn on_malformed(&mut self, address: IpAddr, now: SystemTime) -> Result<(), JoinRefusal> {
+        let guesses = self.guesses(address, now);
+        guesses.count = guesses.count.saturating_add(1);
+        if guesses.count > MAX_GUESSES { Err(JoinRefusal::TooManyGuesses(address)) } else { Ok(()) }
+    }
+
     /// Removes a token that was not redeemed. Returns its record.
     pub fn revoke(&mut self, id: TokenId) -> Option<TokenRecord> {
         self.tokens.get(&id)?.redeemed.is_none().then(|| self.tokens.remove(&id))?

@@ -6,9 +6,11 @@ use std::sync::atomic::Ordering::Relaxed;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
+use vmesh_daemon::connections::Origin;
 use vmesh_xds::server::{Handshake, PeerInfo};
 
 use super::IdentityService;
+use crate::audit::{AuditEvent, Outcome};
 
 /// Completes the TLS handshake of each connection with the settings that are current when it begins. Without an authority, every
 /// connection is closed.
@@ -28,8 +30,9 @@ impl Handshake<TcpStream> for TlsHandshake {
             }
             Err(error) => {
                 self.0.counters.handshakes_failed.fetch_add(1, Relaxed);
-                let from = peer.address.map(|address| address.ip().to_canonical().to_string());
-                tracing::info!(from, "a TLS handshake at listen.xds failed: {error}");
+                let origin = peer.address.map(|address| Origin::Address(address.ip().to_canonical()));
+                let event = AuditEvent::of_request(origin, "xds.handshake", Outcome::Denied, &error.to_string());
+                self.0.audit.record(event);
                 None
             }
         }

@@ -17,6 +17,7 @@ use vmesh_api::Failure;
 use vmesh_api::identity::{JOIN_PATH, JoinAnswer, JoinRequest, RENEW_PATH, RenewAnswer, RenewRequest};
 use vmesh_daemon::report::one_line;
 use vmesh_identity::authority::AuthorityError;
+use vmesh_identity::token::{JoinRefusal, NotAToken};
 use vmesh_identity::{Identity, JoinToken, NodeGrant, Subject};
 use vmesh_model::{NodeName, ServiceName};
 use vmesh_xds::server::{OtherRequests, PeerInfo};
@@ -102,8 +103,9 @@ async fn join(
             if let RefusedRequest::Denied { reason, .. } = &refused {
                 identities.counters.join_refused.fetch_add(1, Relaxed);
                 let event = AuditEvent::of_node(&node, Some(from), "node.join", Outcome::Denied, reason);
-                identities.audit.record(event);
-                tracing::warn!(%node, %from, "a node was not let in: {reason}");
+                if identities.audit.record(event) {
+                    tracing::warn!(%node, %from, "a node was not let in: {reason}");
+                }
             }
             Err(refused)
         }
@@ -117,13 +119,19 @@ async fn admit(
     from: IpAddr,
 ) -> Result<JoinAnswer, RefusedRequest> {
     let JoinRequest { token, node, services, request, .. } = asked;
-    let token: JoinToken = token
-        .parse()
-        .map_err(|error: vmesh_identity::token::NotAToken| RefusedRequest::same(error.to_string()))?;
+    let Ok(token) = token.parse::<JoinToken>() else {
+        let refused = identities.ledger().on_malformed(from, SystemTime::now());
+        return Err(match refused {
+            Ok(()) => RefusedRequest::same(NotAToken.to_string()),
+            Err(refusal) => {
+                RefusedRequest::Denied { public: refusal.public().to_owned(), reason: refusal.to_string() }
+            }
+        });
+    };
     if identities.is_banned(&node) {
-        return Err(RefusedRequest::same(format!(
-            "node `{node}` is banned; `vmeshctl node unban {node}` ends that"
-        )));
+        let public = JoinRefusal::Unknown(token.id).public().to_owned();
+        let reason = format!("node `{node}` is banned; `vmeshctl node unban {node}` ends that");
+        return Err(RefusedRequest::Denied { public, reason });
     }
     // A request that cannot be signed must not use up the token, so it is tried first.
     issue_node(authority, &request, &node, NodeGrant::default()).await?;
@@ -172,8 +180,9 @@ async fn renew(
         Err(RefusedRequest::Denied { reason, .. }) => {
             identities.counters.renew_refused.fetch_add(1, Relaxed);
             let event = AuditEvent::of_node(&node, Some(from), "node.renew", Outcome::Denied, reason);
-            identities.audit.record(event);
-            tracing::warn!(%node, %from, "certificates were not issued: {reason}");
+            if identities.audit.record(event) {
+                tracing::warn!(%node, %from, "certificates were not issued: {reason}");
+            }
         }
         Err(_) => {}
     }

@@ -11,6 +11,7 @@ mod capture;
 mod envoy;
 mod facts;
 mod gather;
+mod identity;
 mod machine;
 mod mesh;
 mod network;
@@ -109,6 +110,10 @@ const CHECKS: &[Check] = &[
     Check { id: "D28", look: envoy::warming },
     Check { id: "D29", look: envoy::upstreams },
     Check { id: "D30", look: envoy::size },
+    Check { id: "D31", look: identity::certificates },
+    Check { id: "D32", look: identity::saved },
+    Check { id: "D33", look: identity::trust },
+    Check { id: "D34", look: identity::workloads },
     Check { id: "D36", look: mesh::names },
     Check { id: "D37", look: mesh::registrations },
     Check { id: "D38", look: mesh::age },

@@ -605,3 +605,46 @@ fn services() {
         "#]],
     );
 }
+
+#[test]
+fn the_identity() {
+    fn identity(facts: &mut Facts, change: Value) {
+        let mut identity = json!({
+            "stage": "valid", "percent_left": 80, "bundle_confirmed": NOW - 20, "clock_skew": 0, "mtls_ready": true,
+            "not_granted": [], "problem": null, "why_not_saved": null,
+        });
+        for (field, value) in change.as_object().unwrap() {
+            identity[field] = value.clone();
+        }
+        let answer = facts.answers.get_mut(&HttpQuery::Agent).unwrap().as_mut().unwrap();
+        answer["identity"] = identity;
+    }
+    check(
+        "D31",
+        &[
+            &|facts| {
+                identity(facts, json!({"stage": "waiting_for_token", "problem": "there is no file /etc/vmesh/token"}))
+            },
+            &|facts| identity(facts, json!({"stage": "expired"})),
+            &|facts| identity(facts, json!({"percent_left": 9, "problem": "no connection"})),
+        ],
+        expect![[r#""#]],
+    );
+    check("D32", &[&|facts| identity(facts, json!({"why_not_saved": "no space left"}))], expect![[r#""#]]);
+    check(
+        "D33",
+        &[
+            &|facts| identity(facts, json!({"bundle_confirmed": NOW - 3 * 3600})),
+            &|facts| identity(facts, json!({"clock_skew": 372})),
+        ],
+        expect![[r#""#]],
+    );
+    check(
+        "D34",
+        &[
+            &|facts| identity(facts, json!({"not_granted": ["payments"]})),
+            &|facts| identity(facts, json!({"mtls_ready": false})),
+        ],
+        expect![[r#""#]],
+    );
+}
