@@ -101,6 +101,15 @@ impl Mesh {
         command.output().map_err(Failed::to("could not start vmeshctl"))
     }
 
+    /// Changes the configuration of an agent, which reads it at its next start.
+    pub fn edit_agent(&self, name: &str, from: &str, to: &str) -> Result<()> {
+        let agent = self.agents.get(name).ok_or_else(|| Failed::new(format!("there is no agent {name}")))?;
+        let file = agent.config.display().to_string();
+        let config =
+            fs::read_to_string(self.path(&file)).map_err(Failed::to(format!("could not read {file}")))?;
+        self.write(&file, &config.replace(from, to))
+    }
+
     /// Starts an agent that joins with a token for `services`: see [`Mesh::agent`].
     pub async fn secure_agent(
         &mut self,

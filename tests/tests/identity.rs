@@ -456,3 +456,70 @@ async fn a_banned_node_loses_its_stream_and_a_forged_name_is_denied() -> Result<
 fn fail<T>(result: Result<T>) -> std::result::Result<T, String> {
     result.map_err(|failed| failed.to_string())
 }
+
+/// What `docs/identity.md` says of a fleet that has no identities yet, step by step.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plaintext_fleet_gets_identities_node_by_node_and_goes_back_and_no_request_fails() -> Result<()> {
+    let mut mesh = Mesh::start(&[]).await?;
+    let (mut apps, mut endpoints) = (Vec::new(), Vec::new());
+    for node in ["orders-1", "orders-2"] {
+        mesh.agent(node, &[], "workloads: [{service: orders, port: 8080, protocol: http, host: \"{ip}\"}]\n")
+            .await?;
+        let address = SocketAddr::new(mesh.agent_api(node)?.ip(), 8080);
+        apps.push(HttpApp::start(node, "v1", address)?);
+        endpoints.push(format!("\"{address}\""));
+    }
+    let services = format!("service: orders\nprotocol: http\nendpoints: [{}]\n", endpoints.join(", "));
+    mesh.write("services.d/orders.yaml", &services)?;
+    mesh.agent("web-1", &["orders"], "").await?;
+    let target = mesh.upstream("web-1", 0)?;
+    mesh.answers(target).await?;
+    let (plaintext, mtls) = (format!("\"http://{}\"", mesh.xds()), format!("\"{}\"", mesh.mtls_xds()));
+    let load = Load::start(Plan::to(target).rate(100.0))?;
+
+    // Step 1: the control plane serves nodes with mTLS, beside plaintext.
+    let config = std::fs::read_to_string(mesh.path("control.yaml")).map_err(Failed::to("no control.yaml"))?;
+    let config = config.replace("listen: {", &format!("listen: {{xds: {mtls}, "));
+    mesh.write("control.yaml", &format!("{config}trust_domain: mesh.test\n"))?;
+    mesh.control()?.kill()?;
+    mesh.start_control().await?;
+    mesh.admin(&["ca", "init"])?;
+    // Step 2: node by node.
+    for (node, service) in [("orders-1", "orders"), ("web-1", "web"), ("orders-2", "orders")] {
+        mesh.write(&format!("agents/{node}.token"), &token(&mesh, node, &[service])?)?;
+        let join = format!("control_plane: [{mtls}]\njoin: {{token_file: agents/{node}.token}}\n");
+        mesh.edit_agent(node, &format!("control_plane: [{plaintext}]\n"), &join)?;
+        mesh.agent_daemon(node)?.kill()?;
+        mesh.restart_agent(node)?;
+        mesh.synced(node).await?;
+        wait_for(format!("{node} to have joined"), BOUND, async || {
+            match fail(Api(fail(mesh.agent_api(node))?).json("/status").await)?
+                .pointer("/identity/mtls_ready")
+            {
+                Some(Value::Bool(ready)) if *ready || node == "web-1" => Ok(()),
+                ready => Err(format!("{ready:?}")),
+            }
+        })
+        .await?;
+    }
+    // Step 3: service by service.
+    let callers = Callers { mesh, target, apps, _place: Loopback::unique()? };
+    for (mode, id) in [("permissive", WEB), ("strict", WEB), ("off", "")] {
+        callers.mode(mode)?;
+        callers.until_called_by(id).await?;
+    }
+    // The way back of a node.
+    let Callers { mut mesh, .. } = callers;
+    let join = format!("control_plane: [{mtls}]\njoin: {{token_file: agents/orders-1.token}}\n");
+    mesh.edit_agent("orders-1", &join, &format!("control_plane: [{plaintext}]\n"))?;
+    mesh.agent_daemon("orders-1")?.kill()?;
+    wait_for("the node to be forgotten", BOUND, async || {
+        mesh.admin(&["forget", "orders-1"]).map_err(|failed| failed.to_string())
+    })
+    .await?;
+    mesh.restart_agent("orders-1")?;
+    mesh.synced("orders-1").await?;
+    let report = load.stop().await;
+    assert_eq!(report.failures, 0, "{:?}", report.failed.first());
+    Ok(())
+}

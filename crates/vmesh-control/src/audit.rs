@@ -7,8 +7,8 @@ use std::io::Write;
 use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::Serialize;
 use tokio::sync::mpsc;
@@ -144,7 +144,9 @@ impl AuditLog {
             let (is_written, left_out) =
                 self.refusals.lock().unwrap_or_else(PoisonError::into_inner).admit(&event);
             if left_out > 0 {
-                tracing::warn!("{left_out} refusals of the last minute are not in the audit log, because they were too many");
+                tracing::warn!(
+                    "{left_out} refusals of the last minute are not in the audit log, because they were too many"
+                );
             }
             if !is_written {
                 return false;
@@ -238,7 +240,13 @@ mod tests {
         let mut limiter = RefusalLimiter::default();
         let refusal = |from: &str, time| AuditEvent {
             time,
-            ..AuditEvent::of_node(&"web-1".parse().unwrap(), from.parse().ok(), "node.join", Outcome::Denied, "")
+            ..AuditEvent::of_node(
+                &"web-1".parse().unwrap(),
+                from.parse().ok(),
+                "node.join",
+                Outcome::Denied,
+                "",
+            )
         };
         let written = (0..1000).filter(|_| limiter.admit(&refusal("10.0.0.1", 100)).0).count();
         assert_eq!(written, 60);

@@ -31,7 +31,8 @@ impl Handshake<TcpStream> for TlsHandshake {
             Err(error) => {
                 self.0.counters.handshakes_failed.fetch_add(1, Relaxed);
                 let origin = peer.address.map(|address| Origin::Address(address.ip().to_canonical()));
-                let event = AuditEvent::of_request(origin, "xds.handshake", Outcome::Denied, &error.to_string());
+                let event =
+                    AuditEvent::of_request(origin, "xds.handshake", Outcome::Denied, &error.to_string());
                 self.0.audit.record(event);
                 None
             }

@@ -623,7 +623,10 @@ fn the_identity() {
         "D31",
         &[
             &|facts| {
-                identity(facts, json!({"stage": "waiting_for_token", "problem": "there is no file /etc/vmesh/token"}))
+                identity(
+                    facts,
+                    json!({"stage": "waiting_for_token", "problem": "there is no file /etc/vmesh/token"}),
+                )
             },
             &|facts| identity(facts, json!({"stage": "expired"})),
             &|facts| identity(facts, json!({"percent_left": 9, "problem": "no connection"})),
@@ -633,18 +636,16 @@ fn the_identity() {
     check("D32", &[&|facts| identity(facts, json!({"why_not_saved": "no space left"}))], expect![[r#""#]]);
     check(
         "D33",
-        &[
-            &|facts| identity(facts, json!({"bundle_confirmed": NOW - 3 * 3600})),
-            &|facts| identity(facts, json!({"clock_skew": 372})),
-        ],
+        &[&|facts| identity(facts, json!({"bundle_confirmed": NOW - 3 * 3600})), &|facts| {
+            identity(facts, json!({"clock_skew": 372}))
+        }],
         expect![[r#""#]],
     );
     check(
         "D34",
-        &[
-            &|facts| identity(facts, json!({"not_granted": ["payments"]})),
-            &|facts| identity(facts, json!({"mtls_ready": false})),
-        ],
+        &[&|facts| identity(facts, json!({"not_granted": ["payments"]})), &|facts| {
+            identity(facts, json!({"mtls_ready": false}))
+        }],
         expect![[r#""#]],
     );
 }
