@@ -184,6 +184,9 @@ pub struct Status {
     pub documents: usize,
     pub nodes: NodeCounts,
     pub problems: usize,
+    /// The addresses that other hosts reach without encryption, which `listen.insecure` permits.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub insecure: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -141,6 +141,13 @@ fn api() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 15014))
 }
 
+impl Listen {
+    /// Returns the plaintext listeners that other hosts reach.
+    pub(crate) fn insecure_addresses(&self) -> Vec<SocketAddr> {
+        [self.xds_plaintext, self.api].into_iter().filter(|address| !address.ip().is_loopback()).collect()
+    }
+}
+
 impl Default for Listen {
     fn default() -> Self {
         Listen { xds: None, xds_plaintext: xds_plaintext(), api: api(), api_socket: None, insecure: false }

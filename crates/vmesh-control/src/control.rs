@@ -139,6 +139,7 @@ impl Control {
             documents: world.documents.len(),
             nodes: self.node_counts(),
             problems: self.problems().len(),
+            insecure: self.identities.insecure().iter().map(ToString::to_string).collect(),
         }
     }
 

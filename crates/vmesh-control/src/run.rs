@@ -315,6 +315,7 @@ fn open_identities(config: &Config, audit: AuditLog) -> Result<Arc<IdentityServi
         trust_domain: config.trust_domain.clone(),
         replica,
         listen: config.listen.xds,
+        insecure: config.listen.insecure_addresses(),
         settings: config.identity.clone(),
     };
     IdentityService::open(identity, store, audit).map_err(RunError::Identities)

@@ -38,6 +38,11 @@ pub(crate) fn status(status: &Status, evicted: &[EvictedEndpoint]) -> (String, b
     for source in &status.sources {
         text.push_str(&source_line(source));
     }
+    for address in &status.insecure {
+        text.push_str(&format!(
+            "plaintext     {address}: other hosts connect without encryption (`listen.insecure`)\n"
+        ));
+    }
     if !evicted.is_empty() {
         text.push_str(&format!("evicted       {} endpoints: see `vmeshctl discovery`\n", evicted.len()));
     }

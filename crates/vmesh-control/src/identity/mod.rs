@@ -26,7 +26,7 @@ pub(crate) use trust::KnownNode;
 use trust::TrustReports;
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -82,7 +82,8 @@ pub(crate) struct IdentityService {
     trust_domain: TrustDomain,
     /// The name of this replica in its certificates.
     replica: NodeName,
-    listen: Option<std::net::SocketAddr>,
+    listen: Option<SocketAddr>,
+    insecure: Vec<SocketAddr>,
     settings: IdentitySettings,
     store: IdentityStore,
     authority: watch::Sender<Option<Arc<Authority>>>,
@@ -110,7 +111,9 @@ struct Counters {
 pub(crate) struct IdentityConfig {
     pub(crate) trust_domain: TrustDomain,
     pub(crate) replica: NodeName,
-    pub(crate) listen: Option<std::net::SocketAddr>,
+    pub(crate) listen: Option<SocketAddr>,
+    /// The plaintext listeners beyond loopback.
+    pub(crate) insecure: Vec<SocketAddr>,
     pub(crate) settings: IdentitySettings,
 }
 
@@ -122,7 +125,7 @@ impl IdentityService {
         audit: AuditLog,
     ) -> Result<Arc<IdentityService>, IdentityError> {
         let now = SystemTime::now();
-        let IdentityConfig { trust_domain, replica, listen, settings } = config;
+        let IdentityConfig { trust_domain, replica, listen, insecure, settings } = config;
         let authority = match store.load_authority(&trust_domain).map_err(IdentityError::Store)? {
             Some(saved) => Some(Arc::new(
                 Authority::start(saved, &replica, now, &settings).map_err(IdentityError::Authority)?,
@@ -135,6 +138,7 @@ impl IdentityService {
             trust_domain,
             replica,
             listen,
+            insecure,
             settings,
             store,
             authority: watch::Sender::new(authority),
@@ -149,6 +153,11 @@ impl IdentityService {
 
     pub(crate) fn trust_domain(&self) -> &TrustDomain {
         &self.trust_domain
+    }
+
+    /// Returns the plaintext listeners that other hosts reach.
+    pub(crate) fn insecure(&self) -> &[SocketAddr] {
+        &self.insecure
     }
 
     /// Returns the current authority, or `None` before `vmeshctl ca init`.

@@ -12,6 +12,7 @@ impl IdentityService {
             trust_domain: "mesh.example".parse().unwrap(),
             replica: "mesh1".parse().unwrap(),
             listen: "127.0.0.1:15012".parse().ok(),
+            insecure: Vec::new(),
             settings: IdentitySettings::default(),
         };
         let (audit, _) = AuditLog::new(state_dir);
