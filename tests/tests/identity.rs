@@ -523,3 +523,73 @@ async fn a_plaintext_fleet_gets_identities_node_by_node_and_goes_back_and_no_req
     assert_eq!(report.failures, 0, "{:?}", report.failed.first());
     Ok(())
 }
+
+/// Asks for a page over TLS with Python's own TLS. Prints the URIs of the server's certificate, and the answer.
+const PYTHON: &str = r#"
+import socket, ssl, sys
+address, name, bundle, certificate = sys.argv[1:5]
+context = ssl.create_default_context(cafile=bundle)
+context.check_hostname = False
+if certificate:
+    context.load_cert_chain(certificate)
+host, port = address.rsplit(":", 1)
+with context.wrap_socket(socket.create_connection((host, int(port)), 10), server_hostname=name) as tls:
+    print([value for kind, value in tls.getpeercert()["subjectAltName"] if kind == "URI"])
+    tls.sendall(b"GET / HTTP/1.1\r\nHost: orders\r\nConnection: close\r\n\r\n")
+    answer = b""
+    while chunk := tls.recv(65536):
+        answer += chunk
+    print(answer.decode())
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn other_tls_libraries_verify_the_port_for_mtls_and_get_in_with_a_certificate_only() -> Result<()> {
+    let callers = Callers::start("48h").await?;
+    callers.mode("strict")?;
+    callers.until_called_by(WEB).await?;
+    let client = joined(&callers.mesh, "web-9", &["web"]).await?;
+    let key = Key::generate().unwrap();
+    let services = [("web".parse().unwrap(), key.request().unwrap())].into();
+    let (status, answer) =
+        client.post(RENEW_PATH, &RenewRequest { services, ..RenewRequest::default() }).await?;
+    assert_eq!(status, 200, "{answer}");
+    let answer: RenewAnswer = serde_json::from_value(answer).unwrap();
+    callers.mesh.write("bundle.pem", &answer.bundle)?;
+    callers.mesh.write("web.pem", &format!("{}{}", answer.services["web"], *key.to_pem()))?;
+    let address = SocketAddr::new(callers.mesh.agent_api("orders-1")?.ip(), 15008).to_string();
+    let ask = |certificate: &str| {
+        let mut python = std::process::Command::new("python3");
+        python.args(["-c", PYTHON, &address, "orders.mesh", "bundle.pem", certificate]);
+        python.current_dir(callers.mesh.path("."));
+        python.output().map_err(Failed::to("could not start python3"))
+    };
+    let output = ask("web.pem")?;
+    let shown =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(shown.contains("['spiffe://mesh.test/service/orders']"), "{shown}");
+    assert!(shown.contains("200 OK") && shown.contains(WEB), "{shown}");
+    let without = ask("")?;
+    assert!(!without.status.success() && !String::from_utf8_lossy(&without.stdout).contains("200 OK"));
+
+    let openssl = |args: &[&str]| {
+        let mut openssl = std::process::Command::new("openssl");
+        openssl.args([
+            "s_client",
+            "-connect",
+            &address,
+            "-servername",
+            "orders.mesh",
+            "-CAfile",
+            "bundle.pem",
+        ]);
+        openssl.args(["-verify_return_error"]).args(args).current_dir(callers.mesh.path("."));
+        openssl.stdin(std::process::Stdio::null());
+        openssl.output().map_err(Failed::to("could not start openssl; install the package openssl"))
+    };
+    let verified = openssl(&["-cert", "web.pem", "-key", "web.pem"])?;
+    let shown = String::from_utf8_lossy(&verified.stdout);
+    assert!(shown.contains("Verify return code: 0 (ok)"), "{shown}");
+    // Plaintext gets no answer.
+    assert!(Api(address.parse().unwrap()).status("/").await.is_err());
+    Ok(())
+}
