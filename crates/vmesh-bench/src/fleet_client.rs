@@ -15,7 +15,7 @@ use vmesh_testkit::{Failed, Result};
 use vmesh_xds::Kind;
 use vmesh_xds::client::{AdsStream, BenchClient, Versions};
 
-use crate::identities::FleetIdentities;
+use crate::identities::{FleetIdentities, node_name};
 
 /// The limit of concurrent handshakes. More would only wait in the listener's queue.
 const CONNECTING: usize = 64;
@@ -58,8 +58,8 @@ impl Fleet {
         let mut clients = JoinSet::new();
         for number in 0..nodes {
             let node = node(number, &declared(number));
-            let own = Own { to: to.clone(), number, node };
-            clients.spawn(client(own, nodes, shared.clone(), connecting.clone()));
+            let numbered = NumberedNode { to: to.clone(), number, node };
+            clients.spawn(client(numbered, nodes, shared.clone(), connecting.clone()));
         }
         Ok(Fleet { clients, nodes, shared })
     }
@@ -165,21 +165,16 @@ impl Target {
 }
 
 /// The parts of a client that belong to its node.
-struct Own {
+struct NumberedNode {
     to: Target,
     number: usize,
     node: Node,
 }
 
-/// Returns the name of node number `number`.
-pub fn node_name(number: usize) -> String {
-    format!("node-{number:05}")
-}
-
 /// Runs one client until its stream ends unexpectedly. Returns the reason. The client keeps its versions
 /// between two streams.
 async fn client(
-    Own { to, number, node }: Own,
+    NumberedNode { to, number, node }: NumberedNode,
     nodes: usize,
     shared: Arc<FleetShared>,
     connecting: Arc<Semaphore>,

@@ -13,7 +13,10 @@ use vmesh_identity::{Identity, Issuer, Key, Lifetimes, NodeGrant, Subject};
 use vmesh_testkit::{Failed, Result};
 use vmesh_xds::client::AdsStream;
 
-use crate::fleet_client::node_name;
+/// Returns the name of node number `number`.
+pub fn node_name(number: usize) -> String {
+    format!("node-{number:05}")
+}
 
 /// The TLS settings of each node.
 pub struct FleetIdentities {
