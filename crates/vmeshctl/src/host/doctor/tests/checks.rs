@@ -609,15 +609,9 @@ fn services() {
 #[test]
 fn the_identity() {
     fn identity(facts: &mut Facts, change: Value) {
-        let mut identity = json!({
-            "stage": "valid", "percent_left": 80, "bundle_confirmed": NOW - 20, "clock_skew": 0, "mtls_ready": true,
-            "not_granted": [], "problem": null, "why_not_saved": null,
-        });
         for (field, value) in change.as_object().unwrap() {
-            identity[field] = value.clone();
+            set(facts, HttpQuery::Agent, &format!("/identity/{field}"), value.clone());
         }
-        let answer = facts.answers.get_mut(&HttpQuery::Agent).unwrap().as_mut().unwrap();
-        answer["identity"] = identity;
     }
     check(
         "D31",
@@ -631,21 +625,33 @@ fn the_identity() {
             &|facts| identity(facts, json!({"stage": "expired"})),
             &|facts| identity(facts, json!({"percent_left": 9, "problem": "no connection"})),
         ],
-        expect![[r#""#]],
+        expect![[r#"
+            x D31 this node has no identity: there is no file /etc/vmesh/token | no control plane serves this node, and other nodes do not accept it | fix: on a control plane: `vmeshctl token create --node NODE --service SERVICE`; write the token into the file that `join.token_file` names
+            x D31 the certificates of this node have expired | no control plane serves this node, and other nodes do not accept it | fix: on a control plane: `vmeshctl token create --node NODE --service SERVICE`; write the token into the file that `join.token_file` names
+            ! D31 9 % of the certificates' validity is left, and they were not renewed: no connection | when they expire, other nodes no longer accept this one | fix: see D9: a control plane has to answer; `vmeshctl ca status` there says whether it issues certificates
+        "#]],
     );
-    check("D32", &[&|facts| identity(facts, json!({"why_not_saved": "no space left"}))], expect![[r#""#]]);
+    check("D32", &[&|facts| identity(facts, json!({"why_not_saved": "no space left"}))], expect![[r#"
+        x D32 the identity cannot be saved: no space left | after a restart of the agent this node has to join again, with a new token | fix: see D3: room, inodes, and that the file system may be written
+    "#]]);
     check(
         "D33",
         &[&|facts| identity(facts, json!({"bundle_confirmed": NOW - 3 * 3600})), &|facts| {
             identity(facts, json!({"clock_skew": 372}))
         }],
-        expect![[r#""#]],
+        expect![[r#"
+            ! D33 no control plane has confirmed the trust bundle for 3 h | a rotation of the root waits for this node | fix: see D9: a control plane has to answer
+            ! D33 this host's clock is 6 min behind the control plane's | certificates count as expired, or as not valid yet, where clocks differ by minutes | fix: `timedatectl` says whether the clock is synchronised
+        "#]],
     );
     check(
         "D34",
         &[&|facts| identity(facts, json!({"not_granted": ["payments"]})), &|facts| {
             identity(facts, json!({"mtls_ready": false}))
         }],
-        expect![[r#""#]],
+        expect![[r#"
+            x D34 this node may not run payments | no other node calls these workloads by mTLS | fix: create a token with `--service` for each service, stop the agent, delete its `identity` directory, and join again
+            ! D34 Envoy does not accept mTLS connections yet | callers use plaintext while the mode is permissive | fix: see D25 and D26: Envoy has to be live, and to accept its configuration; `node.address` has to be set
+        "#]],
     );
 }
