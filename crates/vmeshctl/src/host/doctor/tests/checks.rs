@@ -631,9 +631,13 @@ fn the_identity() {
             ! D31 9 % of the certificates' validity is left, and they were not renewed: no connection | when they expire, other nodes no longer accept this one | fix: see D9: a control plane has to answer; `vmeshctl ca status` there says whether it issues certificates
         "#]],
     );
-    check("D32", &[&|facts| identity(facts, json!({"why_not_saved": "no space left"}))], expect![[r#"
+    check(
+        "D32",
+        &[&|facts| identity(facts, json!({"why_not_saved": "no space left"}))],
+        expect![[r#"
         x D32 the identity cannot be saved: no space left | after a restart of the agent this node has to join again, with a new token | fix: see D3: room, inodes, and that the file system may be written
-    "#]]);
+    "#]],
+    );
     check(
         "D33",
         &[&|facts| identity(facts, json!({"bundle_confirmed": NOW - 3 * 3600})), &|facts| {
