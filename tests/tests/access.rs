@@ -373,7 +373,7 @@ async fn two_envoys_call_each_other_by_mtls_and_know_each_other() -> Result<()> 
     Ok(())
 }
 
-/// The test goes through the stages of a migration under load, there and back. Each stage begins when the caller has followed the last.
+/// The test migrates a service to mTLS and back under load. Each stage begins when the caller has followed the last.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_change_of_mode_or_of_certificates_fails_no_request() -> Result<()> {
     let nodes = TwoNodes::start(Protocol::Http).await?;

@@ -68,7 +68,6 @@ fn join_request(token: &str, node: &str, key: &Key) -> JoinRequest {
         node: node.parse().unwrap(),
         services: BTreeSet::new(),
         request: key.request().unwrap(),
-        now: 0,
     }
 }
 
@@ -457,7 +456,7 @@ fn fail<T>(result: Result<T>) -> std::result::Result<T, String> {
     result.map_err(|failed| failed.to_string())
 }
 
-/// What `docs/identity.md` says of a fleet that has no identities yet, step by step.
+/// The test follows `docs/identity.md`, "From plaintext to identities", step by step.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_plaintext_fleet_gets_identities_node_by_node_and_goes_back_and_no_request_fails() -> Result<()> {
     let mut mesh = Mesh::start(&[]).await?;
@@ -508,7 +507,7 @@ async fn a_plaintext_fleet_gets_identities_node_by_node_and_goes_back_and_no_req
         callers.mode(mode)?;
         callers.until_called_by(id).await?;
     }
-    // The way back of a node.
+    // One node goes back.
     let Callers { mut mesh, .. } = callers;
     let join = format!("control_plane: [{mtls}]\njoin: {{token_file: agents/orders-1.token}}\n");
     mesh.edit_agent("orders-1", &join, &format!("control_plane: [{plaintext}]\n"))?;

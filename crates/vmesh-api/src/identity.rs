@@ -41,8 +41,6 @@ pub struct JoinRequest {
     pub services: BTreeSet<ServiceName>,
     /// The certificate request (PKCS #10, PEM) of the node's key.
     pub request: String,
-    /// The node's clock, in Unix seconds.
-    pub now: u64,
 }
 
 impl fmt::Debug for JoinRequest {
@@ -86,9 +84,6 @@ pub struct RenewRequest {
     /// The end of the longest validity among these certificates, in Unix seconds.
     #[serde(default)]
     pub expires: u64,
-    /// The node's clock, in Unix seconds.
-    #[serde(default)]
-    pub now: u64,
 }
 
 /// The answer to a [`RenewRequest`].
@@ -182,7 +177,7 @@ pub struct TokenRequest {
     /// The network that the node must connect from, such as `10.0.0.0/8`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<String>,
-    /// The time in which the token can be used, in seconds.
+    /// The token's validity, in seconds.
     pub ttl: u64,
 }
 
@@ -216,7 +211,7 @@ pub struct ListedToken {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<String>,
     pub expires: u64,
-    /// The time at which it was redeemed.
+    /// The time of its use.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub redeemed: Option<u64>,
     /// The address that redeemed it.
@@ -228,7 +223,7 @@ pub struct ListedToken {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RotationStep {
-    /// Begins a rotation of the root, or goes on with the one under way.
+    /// Begins a rotation of the root, or takes the next step of a running one.
     Next,
     /// Steps back, or ends a rotation whose new root issued nothing.
     Back,

@@ -389,7 +389,7 @@ pub struct Explanation {
     pub listeners: Vec<String>,
     pub routes: Vec<Hop>,
     pub clusters: Vec<Cluster>,
-    /// The way in which each endpoint of the service is called. Empty while no document uses mTLS.
+    /// The security of the connections to each endpoint. Empty while no document uses mTLS.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tls: Vec<EndpointSecurity>,
     pub settings: Vec<Setting>,
@@ -409,7 +409,7 @@ pub struct Cluster {
     pub endpoints: Vec<ServiceEndpoint>,
 }
 
-/// The way in which an endpoint is called, and the reason.
+/// The security of the connections to an endpoint, and its reason.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EndpointSecurity {
     pub address: SocketAddr,

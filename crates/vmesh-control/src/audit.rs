@@ -25,7 +25,7 @@ const FILE_MAX: u64 = 16 << 20;
 /// The most bytes of a text in an event.
 const TEXT_MAX: usize = 512;
 
-/// The result of what was asked for.
+/// The result of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Outcome {
@@ -47,7 +47,7 @@ pub(crate) struct AuditEvent {
     /// The action, such as `node.join` or `POST /api/v1/tokens`.
     action: String,
     outcome: Outcome,
-    /// The reason of a refusal, or what was done.
+    /// The reason of a refusal, or the result in words.
     #[serde(skip_serializing_if = "String::is_empty")]
     detail: String,
 }

@@ -111,7 +111,7 @@ const PENDING: usize = 1024;
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Listen {
-    /// The address for mTLS, from agents and proxies. It serves nobody until there is a certificate authority.
+    /// The address for mTLS, from agents and proxies. The control plane closes connections to it until the certificate authority exists.
     pub(crate) xds: Option<SocketAddr>,
     #[serde(default = "xds_plaintext")]
     pub(crate) xds_plaintext: SocketAddr,

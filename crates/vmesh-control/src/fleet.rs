@@ -19,7 +19,7 @@ use vmesh_xds::{Scope, SessionStatus, State};
 use crate::claim;
 use crate::compilation::Compilation;
 use crate::explain::NodeStatus;
-use crate::identity::IdentityService;
+use crate::identity::{IdentityService, node_of};
 use crate::known_nodes::{KnownNodes, MAX_FORGOTTEN_PER_ADMISSION};
 use crate::metrics::Propagation;
 use crate::time::unix_now;
@@ -362,7 +362,7 @@ pub(crate) struct NodeAdmission {
 }
 
 impl NodeAdmission {
-    /// Returns the rights of the node, as its certificate says. A node without one has none; it may not be one that has joined.
+    /// Returns the rights of the node, as its certificate says. A client without a certificate has none, and may not use the name of a node that has joined.
     fn identity(&self, report: &NodeReport, peer: &PeerInfo) -> Result<Option<NodeIdentity>, Refusal> {
         let node = &report.name;
         let from = peer.address.map(|address| address.ip().to_canonical());
@@ -383,7 +383,7 @@ impl NodeAdmission {
             }
             return Ok(None);
         };
-        let (proved, grant) = match self.identities.node_of(certificate) {
+        let (proved, grant) = match node_of(certificate) {
             Ok(identity) => identity,
             Err(why) => return denied("the certificate is not that of a node".to_owned(), &why),
         };

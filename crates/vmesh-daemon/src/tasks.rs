@@ -210,6 +210,17 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
         .unwrap_or_else(|| "no message".to_owned())
 }
 
+/// Runs work that blocks, such as a write to the disk, on a thread for such work, and waits for it. The work goes on if the future is
+/// dropped. A panic of the work becomes a panic of the caller.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await.map_err(JoinError::try_into_panic) {
+        Ok(done) => done,
+        Err(Ok(panic)) => std::panic::resume_unwind(panic),
+        // The runtime stops, and nobody waits for the result.
+        Err(Err(_)) => std::future::pending().await,
+    }
+}
+
 /// The reason why work on a separate thread failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ThreadError {

@@ -189,9 +189,6 @@ impl Issuer {
         now: SystemTime,
         lifetimes: &Lifetimes,
     ) -> Result<CertificateChain, AuthorityError> {
-        if request.len() > MAX_REQUEST {
-            return Err(AuthorityError::LargeRequest);
-        }
         let id = &subject.id;
         if id.trust_domain != self.trust_domain {
             let (found, expected) = (id.trust_domain.to_string(), self.trust_domain.clone());
@@ -200,8 +197,7 @@ impl Issuer {
         if now >= self.not_after {
             return Err(AuthorityError::Expired);
         }
-        let mut request =
-            CertificateSigningRequestParams::from_pem(request).map_err(AuthorityError::Request)?;
+        let mut request = read_request(request)?;
         let validity = Validity::from(now, lifetimes.leaf, lifetimes).until(self.not_after);
         let mut params = params(&id.to_string(), "leaf", validity)?;
         params.is_ca = IsCa::ExplicitNoCa;
@@ -224,6 +220,18 @@ impl Issuer {
             request.signed_by(&signer.map_err(AuthorityError::Sign)?).map_err(AuthorityError::Sign)?;
         // The root is the peer's to know, but a node that joins finds its pin there.
         Ok(CertificateChain::new(certificate.der().clone(), self.chain.certificates()))
+    }
+}
+
+/// Checks that `request` (a CSR in PEM) is signed by its key, so that [`Issuer::issue`] accepts it.
+pub fn check_request(request: &str) -> Result<(), AuthorityError> {
+    read_request(request).map(drop)
+}
+
+fn read_request(request: &str) -> Result<CertificateSigningRequestParams, AuthorityError> {
+    match request.len() <= MAX_REQUEST {
+        true => CertificateSigningRequestParams::from_pem(request).map_err(AuthorityError::Request),
+        false => Err(AuthorityError::LargeRequest),
     }
 }
 

@@ -4,7 +4,7 @@ use aws_lc_rs::digest::{Context, SHA256};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 
-use crate::certificate::{BadCertificate, Certificate, pem};
+use crate::certificate::{BadCertificate, Certificate, hex, pem};
 use crate::name::TrustDomain;
 
 /// The most roots of a bundle. A rotation needs two roots; a merger of meshes may need a few more.
@@ -94,6 +94,6 @@ impl TrustBundle {
         for root in &self.roots {
             context.update(root);
         }
-        context.finish().as_ref().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+        hex(context.finish().as_ref().get(..16).unwrap_or_default())
     }
 }

@@ -55,8 +55,6 @@ pub struct Certificate {
     pub key_hash: [u8; 32],
     /// The rights of the node, if the certificate is a node's.
     pub grant: Option<NodeGrant>,
-    /// The serial number, in hexadecimal digits.
-    pub serial: String,
     /// The URIs among the subject alternative names.
     uris: Vec<String>,
     /// The DNS names among the subject alternative names.
@@ -93,7 +91,6 @@ impl Certificate {
             is_authority: parsed.is_ca(),
             key_hash: hash.as_ref().try_into().unwrap_or_default(),
             grant: grant.map_err(BadCertificate::Grant)?,
-            serial: parsed.raw_serial().iter().map(|byte| format!("{byte:02x}")).collect(),
             uris: uris.collect(),
             dns_names,
             der: der.clone().into_owned(),
@@ -107,7 +104,7 @@ impl Certificate {
 
     /// Returns the SHA-256 of the subject's public key in hexadecimal digits.
     pub fn key_hash_hex(&self) -> String {
-        self.key_hash.iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&self.key_hash)
     }
 
     /// Returns the only URI among the subject alternative names.
@@ -175,6 +172,11 @@ impl CertificateChain {
 /// Returns the bytes of a certificate as a certificate in DER, which is not checked.
 pub fn der(bytes: &[u8]) -> CertificateDer<'static> {
     CertificateDer::from(bytes.to_vec())
+}
+
+/// Returns bytes in hexadecimal digits.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Returns one certificate in PEM, as OpenSSL writes it.

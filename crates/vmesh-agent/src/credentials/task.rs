@@ -15,6 +15,7 @@ use vmesh_backoff::{Backoff, jitter, shuffle};
 use vmesh_daemon::Tasks;
 use vmesh_daemon::fsx::FileError;
 use vmesh_daemon::report::one_line;
+use vmesh_daemon::tasks::blocking;
 use vmesh_identity::bundle::BadBundle;
 use vmesh_identity::key::KeyError;
 use vmesh_identity::name::InvalidId;
@@ -113,7 +114,6 @@ impl Enrolment {
             node: self.node.clone(),
             services: self.configured.workloads.iter().cloned().collect(),
             request: key.request().map_err(RenewError::Key)?,
-            now: unix_seconds(SystemTime::now()),
         };
         let trust = || ServerTrust::Pin(token.pin);
         let asked = self.ask::<_, JoinAnswer>(JOIN_PATH, &request, || client_config(None, trust())).await?;
@@ -153,7 +153,6 @@ impl Enrolment {
             bundle: bundle_in_use,
             roots: old.root_keys(),
             expires: unix_seconds(old.last_not_after()),
-            now: unix_seconds(SystemTime::now()),
             ..RenewRequest::default()
         };
         let mut keys: BTreeMap<ServiceName, Key> = BTreeMap::new();
@@ -270,18 +269,6 @@ pub fn spawn(tasks: &mut Tasks, config: &Config) -> RelayIdentity {
     }
     let mtls_address = config.mtls_address();
     RelayIdentity { credentials: received, configured, bundle_in_use, status, mtls_address }
-}
-
-/// Runs blocking work, and waits for it also if this future is dropped meanwhile.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // The runtime is stopping.
-            Err(_) => std::future::pending().await,
-        },
-    }
 }
 
 fn unix_seconds(time: SystemTime) -> u64 {

@@ -37,7 +37,7 @@ impl Default for IdentitySettings {
     }
 }
 
-/// The shortest validity of a certificate. Shorter ones could not be renewed in time.
+/// The shortest validity of a certificate: nodes have time to renew it.
 const SHORTEST_LEAF: Duration = Duration::from_secs(10);
 
 impl IdentitySettings {
@@ -71,22 +71,35 @@ impl IdentitySettings {
     }
 }
 
-/// A root and the intermediate of this replica that it signed.
+/// A root and the intermediate of this replica that it signed, before they are on the disk.
 #[derive(Debug)]
-pub(crate) struct AuthoritySet {
-    /// The number of its directory.
-    pub(crate) number: u32,
-    /// The root with its key, if it was made here.
-    pub(crate) root: Option<Root>,
+pub(crate) struct NewAuthority {
+    /// The root with its key. `None`: the root was made elsewhere.
+    pub(crate) root: Option<Arc<Root>>,
     pub(crate) issuer: Issuer,
 }
 
-impl AuthoritySet {
-    /// Returns the root's certificate, which ends the chain of the intermediate.
-    fn root_certificate(&self) -> Result<Certificate, AuthorityError> {
-        let root = self.issuer.chain().certificates().last().ok_or(AuthorityError::NotAnAuthority)?;
-        Certificate::read(root).map_err(AuthorityError::Certificate)
+impl NewAuthority {
+    /// Returns the SHA-256 of the root's public key, in hexadecimal digits.
+    pub(crate) fn root_key(&self) -> Result<String, AuthorityError> {
+        Ok(root_certificate(&self.issuer)?.key_hash_hex())
     }
+}
+
+/// A root and the intermediate of this replica that it signed, in a directory of their own.
+#[derive(Debug)]
+pub(crate) struct AuthoritySet {
+    /// The number of the directory.
+    pub(crate) number: u32,
+    /// The root with its key. `None`: the key is elsewhere.
+    pub(crate) root: Option<Arc<Root>>,
+    pub(crate) issuer: Issuer,
+}
+
+/// Returns the root's certificate, which ends the chain of the intermediate.
+fn root_certificate(issuer: &Issuer) -> Result<Certificate, AuthorityError> {
+    let root = issuer.chain().certificates().last().ok_or(AuthorityError::NotAnAuthority)?;
+    Certificate::read(root).map_err(AuthorityError::Certificate)
 }
 
 /// The authority as the disk holds it: the one in use, and while the root is replaced, the new one with the stage of the rotation.
@@ -102,7 +115,7 @@ impl SavedAuthority {
         let bundle = self.current.issuer.bundle()?;
         match &self.rotation {
             Some((next, rotation)) if rotation.trusts(Generation::New) => {
-                bundle.with(next.root_certificate()?.der).map_err(AuthorityError::Bundle)
+                bundle.with(root_certificate(&next.issuer)?.der).map_err(AuthorityError::Bundle)
             }
             _ => Ok(bundle),
         }
@@ -123,11 +136,11 @@ pub(crate) fn generate(
     replica: &NodeName,
     now: SystemTime,
     settings: &IdentitySettings,
-) -> Result<(Root, Issuer), AuthorityError> {
+) -> Result<NewAuthority, AuthorityError> {
     let lifetimes = settings.lifetimes();
     let root = Root::generate(trust_domain, now, &lifetimes)?;
     let issuer = root.issue_intermediate(replica.as_str(), now, &lifetimes)?;
-    Ok((root, issuer))
+    Ok(NewAuthority { root: Some(Arc::new(root)), issuer })
 }
 
 /// The authority in use. A rotation replaces the whole value.
@@ -162,9 +175,9 @@ impl Authority {
         let server = chain.leaf().map_err(AuthorityError::Certificate)?;
         let bundle = saved.bundle()?;
         let tls = tls::server_config(&chain, &key, bundle.clone()).map_err(AuthorityError::Tls)?;
-        let root = saved.current.root_certificate()?;
+        let root = root_certificate(&saved.current.issuer)?;
         let next_root = match &saved.rotation {
-            Some((next, _)) => Some(next.root_certificate()?.key_hash_hex()),
+            Some((next, _)) => Some(root_certificate(&next.issuer)?.key_hash_hex()),
             None => None,
         };
         Ok(Authority { saved, bundle, root, next_root, tls: Arc::new(tls), server, lifetimes })
@@ -184,16 +197,16 @@ impl Authority {
         self.next_root.clone()
     }
 
-    /// Makes a new intermediate under the current root. Nodes trust the root already, so the caller can use the intermediate at once.
+    /// Makes a new intermediate under the current root. `None`: the key of the root is elsewhere. Nodes trust the root already, so the
+    /// caller can use the intermediate at once.
     pub(crate) fn new_intermediate(
         &self,
         replica: &NodeName,
         now: SystemTime,
-    ) -> Result<Option<(Root, Issuer)>, AuthorityError> {
-        let Some(root) = &self.saved.current.root else { return Ok(None) };
+    ) -> Result<Option<NewAuthority>, AuthorityError> {
+        let Some(root) = self.saved.current.root.clone() else { return Ok(None) };
         let issuer = root.issue_intermediate(replica.as_str(), now, &self.lifetimes)?;
-        let certificate = vmesh_identity::certificate::pem(root.certificate());
-        Ok(Some((Root::from_pem(&certificate, &root.key().to_pem())?, issuer)))
+        Ok(Some(NewAuthority { root: Some(root), issuer }))
     }
 
     pub(crate) fn leaf_lifetime(&self) -> Duration {

@@ -7,8 +7,8 @@
 //! ```
 //!
 //! [`IdentityService`] holds the state; `store` is its disk; `requests` answers nodes; `handshake` is the TLS of the port; `rotation`
-//! replaces the root, when `trust` shows that every node is ready. No lock is
-//! held while a certificate is signed or a file is written.
+//! replaces the root, when `trust` shows that every node is ready. No reader
+//! waits while a certificate is signed or a file is written; operators' changes wait for each other.
 
 mod authority;
 mod handshake;
@@ -18,7 +18,7 @@ mod store;
 mod trust;
 
 pub(crate) use authority::{Authority, IdentitySettings};
-use authority::{AuthoritySet, SavedAuthority};
+use authority::{NewAuthority, SavedAuthority};
 pub(crate) use handshake::TlsHandshake;
 pub(crate) use requests::NodeRequests;
 pub(crate) use store::{IdentityStore, StoreError};
@@ -36,6 +36,7 @@ use vmesh_api::identity::{
     BundleAnswer, IdentityCounts, IdentityStatus, InitRequest, ListedToken, TokenAnswer, TokenRequest, Tokens,
 };
 use vmesh_daemon::report::one_line;
+use vmesh_daemon::tasks::blocking;
 use vmesh_identity::authority::AuthorityError;
 use vmesh_identity::rotation::{BlockedStep, Stage};
 use vmesh_identity::token::{CreateError, JoinGrant, JoinRefusal, TokenId};
@@ -189,7 +190,7 @@ impl IdentityService {
         let this = self.clone();
         let made = blocking(move || {
             let now = SystemTime::now();
-            let current = this.make_set(&request, now)?;
+            let current = this.store.save_set(this.make(&request, now)?).map_err(IdentityError::Store)?;
             let saved = SavedAuthority { current: Arc::new(current), rotation: None };
             this.store.save_authority(&saved).map_err(IdentityError::Store)?;
             Authority::start(saved, &this.replica, now, &this.settings).map_err(IdentityError::Authority)
@@ -203,19 +204,17 @@ impl IdentityService {
         Ok(self.status())
     }
 
-    /// Makes a root and an intermediate, or takes over the intermediate of `request`, and writes them to the disk.
-    fn make_set(&self, request: &InitRequest, now: SystemTime) -> Result<AuthoritySet, IdentityError> {
-        let (root, issuer) = match &request.chain {
+    /// Makes a root and an intermediate, or takes over the intermediate of `request`.
+    fn make(&self, request: &InitRequest, now: SystemTime) -> Result<NewAuthority, IdentityError> {
+        match &request.chain {
             Some(chain) => {
-                (None, self.store.read_supplied(chain, request.key_file.as_deref(), &self.trust_domain)?)
+                let key_file = request.key_file.as_deref();
+                let issuer = self.store.read_supplied(chain, key_file, &self.trust_domain)?;
+                Ok(NewAuthority { root: None, issuer })
             }
-            None => {
-                let made = authority::generate(&self.trust_domain, &self.replica, now, &self.settings);
-                let (root, issuer) = made.map_err(IdentityError::Authority)?;
-                (Some(root), issuer)
-            }
-        };
-        self.store.save_set(root, issuer).map_err(IdentityError::Store)
+            None => authority::generate(&self.trust_domain, &self.replica, now, &self.settings)
+                .map_err(IdentityError::Authority),
+        }
     }
 
     /// Creates a join token, and saves it before it is shown.
@@ -343,21 +342,6 @@ impl IdentityService {
         Ok(BundleAnswer { bundle: authority.bundle().to_pem(), version: authority.bundle().version() })
     }
 
-    /// Returns the node that owns the certificate `der`, which the handshake has verified, with its rights.
-    pub(crate) fn node_of(&self, der: &[u8]) -> Result<(NodeName, NodeGrant), String> {
-        let der = vmesh_identity::certificate::der(der);
-        let certificate = Certificate::read(&der).map_err(|error| one_line(&error))?;
-        match certificate.id().map_err(|error| one_line(&error))?.identity {
-            Identity::Node(name) => Ok((name, certificate.grant.unwrap_or_default())),
-            Identity::Service(name) => {
-                Err(format!("the certificate is that of the service `{name}`, not of a node"))
-            }
-            Identity::ControlPlane(_) | Identity::Operator(..) => {
-                Err("the certificate is not that of a node".to_owned())
-            }
-        }
-    }
-
     /// Counts and records that a client was not admitted.
     pub(crate) fn deny_admission(&self, node: &NodeName, from: Option<IpAddr>, why: &str) {
         self.counters.admissions_denied.fetch_add(1, Relaxed);
@@ -419,6 +403,21 @@ impl IdentityService {
     }
 }
 
+/// Returns the node that owns the certificate `der`, which the handshake has verified, with its rights.
+pub(crate) fn node_of(der: &[u8]) -> Result<(NodeName, NodeGrant), String> {
+    let der = vmesh_identity::certificate::der(der);
+    let certificate = Certificate::read(&der).map_err(|error| one_line(&error))?;
+    match certificate.id().map_err(|error| one_line(&error))?.identity {
+        Identity::Node(name) => Ok((name, certificate.grant.unwrap_or_default())),
+        Identity::Service(name) => {
+            Err(format!("the certificate is that of the service `{name}`, not of a node"))
+        }
+        Identity::ControlPlane(_) | Identity::Operator(..) => {
+            Err("the certificate is not that of a node".to_owned())
+        }
+    }
+}
+
 /// The pause after a failed renewal of the control plane's own certificate.
 const RETRY: Duration = Duration::from_secs(10);
 
@@ -436,16 +435,6 @@ fn unix(at: SystemTime) -> u64 {
 fn unix_end(end: SystemTime) -> u64 {
     let since_epoch = end.duration_since(UNIX_EPOCH).unwrap_or_default();
     since_epoch.as_secs() + u64::from(since_epoch.subsec_nanos() > 0)
-}
-
-/// Runs work that signs or writes on a thread for blocking work.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-        // The runtime stops, and nobody waits for the result.
-        Err(_) => std::future::pending().await,
-    }
 }
 
 #[cfg(test)]

@@ -16,13 +16,15 @@ use serde::de::DeserializeOwned;
 use vmesh_api::Failure;
 use vmesh_api::identity::{JOIN_PATH, JoinAnswer, JoinRequest, RENEW_PATH, RenewAnswer, RenewRequest};
 use vmesh_daemon::report::one_line;
-use vmesh_identity::authority::AuthorityError;
+use vmesh_identity::authority::{AuthorityError, check_request};
 use vmesh_identity::token::{JoinRefusal, NotAToken};
 use vmesh_identity::{Identity, JoinToken, NodeGrant, Subject};
 use vmesh_model::{NodeName, ServiceName};
 use vmesh_xds::server::{OtherRequests, PeerInfo};
 
-use super::{Authority, IdentityService, RedeemError, blocking, unix};
+use vmesh_daemon::tasks::blocking;
+
+use super::{Authority, IdentityService, RedeemError, node_of, unix};
 use crate::audit::{AuditEvent, Outcome};
 
 /// The most bytes of a request. A request for 100 certificates has 50 KiB.
@@ -102,10 +104,7 @@ async fn join(
         Err(refused) => {
             if let RefusedRequest::Denied { reason, .. } = &refused {
                 identities.counters.join_refused.fetch_add(1, Relaxed);
-                let event = AuditEvent::of_node(&node, Some(from), "node.join", Outcome::Denied, reason);
-                if identities.audit.record(event) {
-                    tracing::warn!(%node, %from, "a node was not let in: {reason}");
-                }
+                record_refusal(identities, &node, from, "node.join", reason);
             }
             Err(refused)
         }
@@ -133,8 +132,8 @@ async fn admit(
         let reason = format!("node `{node}` is banned; `vmeshctl node unban {node}` ends that");
         return Err(RefusedRequest::Denied { public, reason });
     }
-    // A request that cannot be signed must not use up the token, so it is tried first.
-    issue_node(authority, &request, &node, NodeGrant::default()).await?;
+    // A request that cannot be signed must not use up the token.
+    check_request(&request).map_err(unsigned)?;
     let grant = identities.redeem(&token, &node, &services, from).await.map_err(|error| match error {
         RedeemError::Refused(refusal) => {
             RefusedRequest::Denied { public: refusal.public().to_owned(), reason: refusal.to_string() }
@@ -154,6 +153,13 @@ async fn admit(
     })
 }
 
+/// Records a refusal in the audit log, and in the log of the process while there are not too many.
+fn record_refusal(identities: &IdentityService, node: &NodeName, from: IpAddr, action: &str, reason: &str) {
+    if identities.audit.record(AuditEvent::of_node(node, Some(from), action, Outcome::Denied, reason)) {
+        tracing::warn!(%node, %from, "{action} was refused: {reason}");
+    }
+}
+
 /// Issues certificates to a node that proved its identity in the handshake.
 async fn renew(
     identities: &Arc<IdentityService>,
@@ -165,7 +171,7 @@ async fn renew(
     let certificate = peer.certificate.as_ref().ok_or_else(|| {
         RefusedRequest::same("certificates are renewed for nodes that show theirs: join with a token first")
     })?;
-    let (node, grant) = identities.node_of(certificate).map_err(RefusedRequest::same)?;
+    let (node, grant) = node_of(certificate).map_err(RefusedRequest::same)?;
     let asked: RenewRequest = read(request).await?;
     let wants_any = asked.node_request.is_some() || !asked.services.is_empty();
     let outcome = match identities.is_banned(&node) {
@@ -179,10 +185,7 @@ async fn renew(
         Ok(_) => {}
         Err(RefusedRequest::Denied { reason, .. }) => {
             identities.counters.renew_refused.fetch_add(1, Relaxed);
-            let event = AuditEvent::of_node(&node, Some(from), "node.renew", Outcome::Denied, reason);
-            if identities.audit.record(event) {
-                tracing::warn!(%node, %from, "certificates were not issued: {reason}");
-            }
+            record_refusal(identities, &node, from, "node.renew", reason);
         }
         Err(_) => {}
     }

@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use vmesh_api::identity::{InitRequest, RotationRequest, RotationStatus, RotationStep};
+use vmesh_daemon::tasks::blocking;
 use vmesh_identity::Rotation;
 use vmesh_identity::rotation::{Generation, Progress, Stage};
 
 use super::authority::SavedAuthority;
-use super::{Authority, IdentityError, IdentityService, KnownNode, blocking, unix};
+use super::{Authority, IdentityError, IdentityService, KnownNode, unix};
 
 impl IdentityService {
     /// Takes a step of a rotation, unless a live node among `nodes` is not ready for it. The step is on the disk before it takes effect.
@@ -49,7 +50,7 @@ impl IdentityService {
         Ok(self.rotation_status(nodes))
     }
 
-    /// Makes the new root, or takes over an intermediate of a new root.
+    /// Makes the new root, or takes over an intermediate that another root signed.
     async fn prepare(
         self: &Arc<Self>,
         authority: &Arc<Authority>,
@@ -58,17 +59,14 @@ impl IdentityService {
     ) -> Result<SavedAuthority, IdentityError> {
         let (this, authority) = (self.clone(), authority.clone());
         blocking(move || {
-            let next = Arc::new(this.make_set(&supplied, now)?);
-            let current = authority.saved().current.clone();
-            let saved = SavedAuthority { current, rotation: Some((next, Rotation::prepare(now))) };
-            let probe = Authority::start(saved.clone(), &this.replica, now, &this.settings);
-            match probe.map_err(IdentityError::Authority)?.next_root_key() {
-                Some(key) if key == authority.root_key() => Err(IdentityError::Wrong(
-                    "the root of the new intermediate is the current root: `--intermediate` replaces the intermediate alone"
-                        .to_owned(),
-                )),
-                _ => Ok(saved),
+            let next = this.make(&supplied, now)?;
+            if next.root_key().map_err(IdentityError::Authority)? == authority.root_key() {
+                let why = "the root of the new intermediate is the current root: `--intermediate` replaces the intermediate alone";
+                return Err(IdentityError::Wrong(why.to_owned()));
             }
+            let next = Arc::new(this.store.save_set(next).map_err(IdentityError::Store)?);
+            let current = authority.saved().current.clone();
+            Ok(SavedAuthority { current, rotation: Some((next, Rotation::prepare(now))) })
         })
         .await
     }
@@ -82,23 +80,19 @@ impl IdentityService {
     ) -> Result<SavedAuthority, IdentityError> {
         let (this, authority) = (self.clone(), authority.clone());
         blocking(move || {
-            let set = match &supplied.chain {
-                Some(_) => this.make_set(&supplied, now)?,
+            let made = match supplied.chain {
+                Some(_) => this.make(&supplied, now)?,
                 None => {
-                    let made = authority.new_intermediate(&this.replica, now).map_err(IdentityError::Authority)?;
-                    let (root, issuer) = made.ok_or(IdentityError::NoRootKey)?;
-                    this.store.save_set(Some(root), issuer).map_err(IdentityError::Store)?
+                    let made = authority.new_intermediate(&this.replica, now);
+                    made.map_err(IdentityError::Authority)?.ok_or(IdentityError::NoRootKey)?
                 }
             };
-            let saved = SavedAuthority { current: Arc::new(set), rotation: None };
-            let probe = Authority::start(saved.clone(), &this.replica, now, &this.settings);
-            match probe.map_err(IdentityError::Authority)?.root_key() == authority.root_key() {
-                true => Ok(saved),
-                false => Err(IdentityError::Wrong(
-                    "another root signed the new intermediate, and no node trusts it: `vmeshctl ca rotate` replaces the root"
-                        .to_owned(),
-                )),
+            if made.root_key().map_err(IdentityError::Authority)? != authority.root_key() {
+                let why = "another root signed the new intermediate, and no node trusts it: `vmeshctl ca rotate` replaces the root";
+                return Err(IdentityError::Wrong(why.to_owned()));
             }
+            let current = Arc::new(this.store.save_set(made).map_err(IdentityError::Store)?);
+            Ok(SavedAuthority { current, rotation: None })
         })
         .await
     }

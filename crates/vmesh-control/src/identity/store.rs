@@ -22,7 +22,7 @@ use vmesh_model::NodeName;
 use zeroize::Zeroizing;
 
 use super::IdentityError;
-use super::authority::{AuthoritySet, SavedAuthority};
+use super::authority::{AuthoritySet, NewAuthority, SavedAuthority};
 
 /// The most bytes of a file of the store.
 const MAX_BYTES: u64 = 1 << 20;
@@ -131,7 +131,9 @@ impl IdentityStore {
         let issuer = Issuer::from_pem(&chain, &key).map_err(unusable)?;
         check_domain(&issuer, trust_domain).map_err(unusable)?;
         let root = match (read(&dir.join("root.crt"))?, read(&dir.join("root.key"))?) {
-            (Some(certificate), Some(key)) => Some(Root::from_pem(&certificate, &key).map_err(unusable)?),
+            (Some(certificate), Some(key)) => {
+                Some(Arc::new(Root::from_pem(&certificate, &key).map_err(unusable)?))
+            }
             // An operator may have moved the key of the root to a safe place.
             _ => None,
         };
@@ -139,7 +141,8 @@ impl IdentityStore {
     }
 
     /// Writes a root and an intermediate into a directory of their own. [`IdentityStore::save_authority`] puts them into use.
-    pub(crate) fn save_set(&self, root: Option<Root>, issuer: Issuer) -> Result<AuthoritySet, StoreError> {
+    pub(crate) fn save_set(&self, made: NewAuthority) -> Result<AuthoritySet, StoreError> {
+        let NewAuthority { root, issuer } = made;
         let number = self.set_numbers()?.last().map_or(1, |last| last + 1);
         let dir = self.set_dir(number);
         fsx::make_private_dir(&dir).map_err(StoreError::File)?;

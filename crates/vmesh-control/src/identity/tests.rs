@@ -108,7 +108,8 @@ async fn an_intermediate_that_is_supplied_is_used_and_the_root_stays_elsewhere()
     let domain: TrustDomain = "mesh.example".parse().unwrap();
     let settings = IdentitySettings::default();
     let replica = "mesh1".parse().unwrap();
-    let (_, issuer) = authority::generate(&domain, &replica, SystemTime::now(), &settings).unwrap();
+    let made = authority::generate(&domain, &replica, SystemTime::now(), &settings).unwrap();
+    let issuer = made.issuer;
     let key_file = elsewhere.join("key.pem");
     std::fs::write(&key_file, issuer.key().to_pem().as_bytes()).unwrap();
     let identities = IdentityService::for_tests(&dir);

@@ -169,7 +169,7 @@ pub async fn serve_after_handshake<L, H>(
     while connections.join_next().await.is_some() {}
 }
 
-/// Completes the handshake of a connection, which may neither take long nor keep its place from others.
+/// Completes the handshake of a connection, within [`FIRST_REQUEST_WITHIN`]. The gate may evict the connection meanwhile.
 async fn shake_hands<I, H: Handshake<I>>(
     handshake: &H,
     io: I,
