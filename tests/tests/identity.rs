@@ -16,12 +16,17 @@ use tokio_rustls::TlsConnector;
 use vmesh_api::identity::{JOIN_PATH, JoinAnswer, JoinRequest, RENEW_PATH, RenewAnswer, RenewRequest};
 use vmesh_identity::tls::{ServerTrust, any_server_name, client_config};
 use vmesh_identity::{CertificateChain, JoinToken, Key, TrustBundle};
+use vmesh_proto::envoy::config::core::v3::Node;
+use vmesh_proto::envoy::service::discovery::v3::DeltaDiscoveryRequest;
+use vmesh_proto::google::protobuf::value::Kind;
+use vmesh_proto::google::protobuf::{Struct, Value as ProtoValue};
 use vmesh_testkit::api::Api;
 use vmesh_testkit::app::HttpApp;
 use vmesh_testkit::load::{Load, Plan};
 use vmesh_testkit::place::Loopback;
 use vmesh_testkit::{Failed, Result, wait_for};
 use vmesh_tests::{BOUND, Mesh};
+use vmesh_xds::client::AdsStream;
 
 const SERVICES: (&str, &str) =
     ("services.d/orders.yaml", "service: orders\nprotocol: http\nendpoints: [\"127.0.0.1:9\"]\n");
@@ -296,11 +301,30 @@ async fn a_service_goes_from_off_to_strict_and_back_under_load_and_fails_no_requ
     let callers = Callers::start("48h").await?;
     callers.until_called_by("").await?;
     let load = Load::start(Plan::to(callers.target).rate(200.0))?;
-    for (mode, id) in
-        [("permissive", WEB), ("strict", WEB), ("permissive", WEB), ("off", ""), ("strict", WEB)]
-    {
-        callers.mode(mode)?;
-        callers.until_called_by(id).await?;
+    while load.so_far().ok < 1000 {
+        for (mode, id) in [
+            ("permissive", WEB),
+            ("strict", WEB),
+            ("permissive", WEB),
+            ("off", ""),
+            ("strict", WEB),
+            ("off", ""),
+        ] {
+            callers.mode(mode)?;
+            callers.until_called_by(id).await?;
+            let expected = match mode {
+                "off" => "its mode is off".to_owned(),
+                on => format!("its mode is {on}, and node `orders-1` is ready for it"),
+            };
+            wait_for(format!("explain to say `{expected}`"), BOUND, async || {
+                let explained = fail(callers.mesh.admin(&["explain", "orders", "--from", "web-1"]))?;
+                // Without any document that turns mTLS on, there is nothing to say of it.
+                let is_said =
+                    explained.contains(&expected) || (mode == "off" && !explained.contains("TLS\n"));
+                if is_said { Ok(()) } else { Err(explained) }
+            })
+            .await?;
+        }
     }
     let report = load.stop().await;
     assert_eq!(report.failures, 0, "{:?}", report.failed.first());
@@ -454,6 +478,50 @@ async fn a_banned_node_loses_its_stream_and_a_forged_name_is_denied() -> Result<
 
 fn fail<T>(result: Result<T>) -> std::result::Result<T, String> {
     result.map_err(|failed| failed.to_string())
+}
+
+/// Opens an xDS stream as `node`, which says that it is at `address`, and returns the reason why it ends, if that is soon.
+async fn report_as(client: &Client, node: &str, address: &str) -> Result<(AdsStream, Option<String>)> {
+    let identity = client.identity.as_ref().map(|(chain, key)| (chain, key));
+    let config = client_config(identity, client.trust.clone()).map_err(Failed::to("no TLS settings"))?;
+    let io = TcpStream::connect(client.address).await.map_err(Failed::to("no connection"))?;
+    let io = TlsConnector::from(Arc::new(config)).connect(any_server_name(), io).await;
+    let mut stream =
+        AdsStream::over(io.map_err(Failed::to("no TLS"))?).await.map_err(Failed::to("no HTTP/2"))?;
+    let text = |text: &str| ProtoValue { kind: Some(Kind::StringValue(text.to_owned())) };
+    let vmesh = Struct { fields: [("address".to_owned(), text(address))].into() };
+    let vmesh = ProtoValue { kind: Some(Kind::StructValue(vmesh)) };
+    let node = Node {
+        id: node.to_owned(),
+        metadata: Some(Struct { fields: [("vmesh".to_owned(), vmesh)].into() }),
+        ..Node::default()
+    };
+    let request = DeltaDiscoveryRequest {
+        node: Some(node),
+        type_url: "type.googleapis.com/envoy.config.cluster.v3.Cluster".to_owned(),
+        ..DeltaDiscoveryRequest::default()
+    };
+    stream.send(&request).await.map_err(|failure| Failed::new(failure.to_string()))?;
+    let ended = stream.next_bytes().await.err().map(|failure| failure.to_string());
+    Ok((stream, ended))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_hosts_with_one_identity_the_newer_waits_and_a_node_cannot_be_another() -> Result<()> {
+    let mesh = Mesh::secure(&[SERVICES], "48h").await?;
+    let client = joined(&mesh, "web-1", &["web"]).await?;
+    let (first, ended) = report_as(&client, "web-1", "10.0.0.1").await?;
+    assert_eq!(ended, None);
+    let (_, refused) = report_as(&client, "web-1", "10.0.0.2").await?;
+    let refused = refused.unwrap_or_default();
+    assert!(refused.contains("10.0.0.1") && refused.contains("10.0.0.2"), "{refused}");
+    let (_, forged) = report_as(&client, "web-2", "10.0.0.1").await?;
+    assert!(forged.unwrap_or_default().contains("not the node of the certificate"));
+    drop(first);
+    wait_for("the newer host to be let in", BOUND, async || {
+        fail(report_as(&client, "web-1", "10.0.0.2").await)?.1.map_or(Ok(()), Err)
+    })
+    .await
 }
 
 /// The test follows `docs/identity.md`, "From plaintext to identities", step by step.

@@ -300,6 +300,17 @@ mod tests {
     }
 
     #[test]
+    fn plaintext_that_other_hosts_reach_is_told() {
+        let insecure = |listen: &str| {
+            let text = format!("discovery: [{{file: {{path: services.d}}}}]\nlisten: {listen}\n");
+            Config::parse("control.yaml", text.as_bytes()).unwrap().listen.insecure_addresses()
+        };
+        assert_eq!(insecure("{}"), []);
+        let shown = insecure("{xds_plaintext: \"0.0.0.0:15010\", insecure: true}");
+        assert_eq!(shown, ["0.0.0.0:15010".parse().unwrap()]);
+    }
+
+    #[test]
     fn two_sources_of_one_name_would_be_taken_for_each_other() {
         check(
             "discovery: [{file: {path: a}}, {file: {path: b, name: \"file:a\"}}, {file: {path: c/d}}, {file: {path: c_d}}]\n",

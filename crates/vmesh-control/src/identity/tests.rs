@@ -133,3 +133,19 @@ async fn a_ban_survives_a_restart() {
     assert!(again.set_ban(&node, false).await.unwrap());
     assert!(!IdentityService::for_tests(&dir).is_banned(&node));
 }
+
+#[tokio::test]
+async fn certificates_of_the_authority_that_end_soon_are_problems() {
+    let dir = vmesh_testkit::tempdir().unwrap();
+    let identities = IdentityService::for_tests(&dir);
+    identities.init(InitRequest::default()).await.unwrap();
+    let authority = identities.authority().unwrap();
+    let day = Duration::from_secs(24 * 3600);
+    let warned = |days: u32| {
+        let warnings = authority.expiry_warnings(SystemTime::now() + day * days).into_iter();
+        warnings.map(|(subject, _)| subject).collect::<Vec<_>>()
+    };
+    assert_eq!(warned(60), [""; 0]);
+    assert_eq!(warned(80), ["the intermediate certificate"]);
+    assert_eq!(warned(3600), ["the root certificate", "the intermediate certificate"]);
+}
